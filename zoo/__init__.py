@@ -1,0 +1,32 @@
+"""Brain Zoo: any brain signal, any tokenizer, any encoder, one sharded training loop.
+
+The face is `create`, `load` and `list_models`; everything else is imported from its room.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import kernels
+
+from zoo._version import __version__
+
+if getattr(kernels, "DISTRIBUTION", None) != "brain-zoo":
+    raise ImportError(
+        f"the package 'kernels' found at {getattr(kernels, '__file__', None) or list(kernels.__path__)} is not "
+        "Brain Zoo's: another distribution of that name is installed; remove it (pip uninstall kernels) or use a "
+        "fresh environment"
+    )
+
+if TYPE_CHECKING:
+    from zoo.registry import create, list_models, load
+
+__all__ = ["__version__", "create", "list_models", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `zoo --help` does not pay for importing jax.
+    if name in ("create", "load", "list_models"):
+        return getattr(importlib.import_module("zoo.registry"), name)
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
