@@ -102,8 +102,8 @@ def attach_template_positions(raw: mne.io.BaseRaw) -> None:
 def _by_name(raw: mne.io.BaseRaw, eeg: list[str]) -> dict[str, str]:
     if is_biosemi_abcd(eeg):
         raise ZooError(
-            f"{_file(raw)}: the EEG channels are named by BioSemi's ABCD layout ({eeg[0]} … {eeg[-1]}), where "
-            "C3 is not the 10-20 site of that name: wanted 10-20 names, or the sensor name policy 'nearest'"
+            f"{_file(raw)}: the EEG channels are named by BioSemi's ABCD layout ({eeg[0]} … {eeg[-1]}), "
+            "whose C3 is not the 10-20 site C3: wanted 10-20 names, or the sensor name policy 'nearest'"
         )
     found = {name: plain_name(name) for name in eeg}
     for name, plain in found.items():
@@ -138,7 +138,7 @@ def _nearest(raw: mne.io.BaseRaw, eeg: list[str]) -> dict[str, str]:
         worst = int(angle.argmax())
         raise ZooError(
             f"{_file(raw)}: channel {eeg[worst]!r} lies {angle[worst]:.0f} degrees from the nearest 10-10 "
-            f"electrode, wanted at most {MAX_ANGLE_DEGREES:.0f}: are the positions metres in head coordinates?"
+            f"electrode, wanted at most {MAX_ANGLE_DEGREES:.0f}: are positions metres in head coordinates?"
         )
     return {name: names[i] for name, i in zip(eeg, cosine.argmax(axis=1), strict=True)}
 
