@@ -1,0 +1,171 @@
+"""Batches for training: seeded shuffle, random crop, masking, this host's rows, prefetch.
+
+A batch is a pure function of (seed, step). Example i of one endless shuffled stream is row i mod B of batch
+i div B, and all its randomness comes from (seed, i); so where a run starts, how many threads read and how
+many hosts share a batch change nothing, and a run resumes exactly, also on other machines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.data.store import Dataset
+    from zoo.types import Batch
+
+
+class Loader:
+    """Endless batches of random windows from `records` of a dataset.
+
+    dataset     what to read from
+    records     [·] record indices, such as a split; those shorter than `window` cannot give an example
+    window      samples an example
+    batch_size  examples a step, over all hosts
+    seed        of the shuffle, the crops and the masks; 0 … 2³² − 1
+    mask_patch  samples a patch of the mask; 0 gives no mask
+    mask_ratio  share of the patches of valid channels that is masked
+    rows        this host's rows of each batch; None for all
+    threads     batches that are read at a time; 0 reads in the caller's thread
+    prefetch    batches held ready
+
+    One epoch takes as many windows from a record as fit in it side by side, each at a random place.
+    ZooError when no record is long enough, when `mask_patch` does not divide `window`, and, while
+    iterating, when a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        records: Sequence[int] | npt.NDArray[np.int64],
+        *,
+        window: int,
+        batch_size: int,
+        seed: int,
+        mask_patch: int = 0,
+        mask_ratio: float = 0.0,
+        rows: Sequence[int] | None = None,
+        threads: int = 1,
+        prefetch: int = 4,
+    ) -> None:
+        records = np.asarray(records, np.int64)
+        windows = dataset.length[records] // window
+        if not windows.sum():
+            longest = dataset.length[records].max(initial=0)
+            raise ZooError(
+                f"{dataset.path}: none of the {len(records)} records has the {window} samples of a "
+                f"window; the longest has {longest}: prepare with longer segment_seconds"
+            )
+        if mask_patch and (window % mask_patch or not 0 < mask_ratio < 1):
+            raise ZooError(
+                f"mask_patch {mask_patch} and mask_ratio {mask_ratio}: wanted a divisor of the window of "
+                f"{window} samples and a ratio between 0 and 1"
+            )
+        self.dataset = dataset
+        self.window, self.batch_size, self.seed = window, batch_size, seed
+        self.too_short = int((windows == 0).sum())
+        self.n_examples = int(windows.sum())
+        self._rows = range(batch_size) if rows is None else rows
+        self._threads, self._prefetch = threads, max(prefetch, threads)
+        self._patches = window // mask_patch if mask_patch else 0
+        self._sensors, self._sensors_of = _sensor_tables(dataset)
+        self._valid = [np.flatnonzero(valid) for valid in self._sensors["valid"]]
+        self._n_masked = [round(mask_ratio * len(valid) * self._patches) for valid in self._valid]
+        self._stream = self._examples(np.repeat(records, windows))
+
+    @property
+    def epoch_steps(self) -> float:
+        """Steps that make one epoch."""
+        return self.n_examples / self.batch_size
+
+    def __str__(self) -> str:
+        seconds = self.window / self.dataset.rate_hz
+        text = f"{self.n_examples} windows of {seconds:g} s an epoch, {self.epoch_steps:.1f} steps"
+        return text + (f"; {self.too_short} records are shorter than that" if self.too_short else "")
+
+    def at(self, step: int) -> Iterator[Batch]:
+        """The batches of steps `step`, `step` + 1, …, without end.
+
+        signal   float32 [b, C, T], zeros in the channels that pad a smaller montage
+        sensors  `zoo.types.Sensors` of numpy arrays [b, C, …]; `valid` is False for padding and bad channels
+        mask     bool [b, C, A], True where masked: round(mask_ratio · valid channels · A) patches of each
+                 example, all on valid channels; absent without `mask_patch`
+        record   int32 [b], index into the dataset's records
+        start    int32 [b], first sample in the recording
+        """
+        import grain
+
+        batches = grain.MapDataset.range(step, sys.maxsize // self.batch_size).map(self._batch)
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=self._prefetch if self._threads else 0
+        )
+        return iter(batches.to_iter_dataset(options))
+
+    def _examples(self, records: npt.NDArray[np.int64]) -> Any:
+        """The endless stream of examples that all hosts agree on, by index."""
+        import grain
+
+        return grain.MapDataset.source(records).seed(self.seed).shuffle().repeat().random_map(self._cut)
+
+    def _cut(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        """A random window of a record, [C of its montage, T], and its mask."""
+        dataset = self.dataset
+        first = int(rng.integers(dataset.length[record] - self.window + 1))
+        example = {
+            "signal": dataset[record][:, first : first + self.window].copy(),  # lets go of the record
+            "record": record,
+            "start": dataset.start[record] + first,
+        }
+        if self._patches:
+            table = self._sensors_of[dataset.recording[record]]
+            valid = self._valid[table]
+            chosen = rng.permutation(len(valid) * self._patches)[: self._n_masked[table]]
+            example["mask"] = np.zeros((dataset.n_channels, self._patches), bool)
+            example["mask"][valid[chosen // self._patches], chosen % self._patches] = True
+        return example
+
+    def _batch(self, step: int) -> Batch:
+        from zoo.types import Sensors
+
+        examples = [self._stream[step * self.batch_size + row] for row in self._rows]
+        signal = np.zeros((len(examples), self.dataset.n_channels, self.window), np.float32)
+        for padded, example in zip(signal, examples, strict=True):
+            padded[: len(example["signal"])] = example["signal"]
+        record = np.array([example["record"] for example in examples], np.int32)
+        table = self._sensors_of[self.dataset.recording[record]]
+        batch: Batch = {
+            "signal": signal,
+            "sensors": Sensors(**{field: values[table] for field, values in self._sensors.items()}),
+            "record": record,
+            "start": np.array([example["start"] for example in examples], np.int32),
+        }
+        if self._patches:
+            batch["mask"] = np.stack([example["mask"] for example in examples])
+        return batch
+
+
+def _sensor_tables(dataset: Dataset) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
+    """The sensors of each distinct (montage, bad channels), [tables, C, …], and each recording's row."""
+    padding = {"position": np.nan, "orientation": np.nan, "kind": 0, "name": -1, "valid": False}
+    rows: dict[tuple[int, tuple[str, ...]], int] = {}
+    tables: list[dict[str, npt.NDArray[Any]]] = []
+    row_of = []
+    for number, recording in enumerate(dataset.recordings):
+        key = (recording.montage, recording.bads)
+        if key not in rows:
+            rows[key] = len(tables)
+            tables.append(dataset.sensors(number))
+        row_of.append(rows[key])
+    stacked = {}
+    for field, fill in padding.items():
+        first = tables[0][field]
+        stacked[field] = np.full((len(tables), dataset.n_channels, *first.shape[1:]), fill, first.dtype)
+        for padded, table in zip(stacked[field], tables, strict=True):
+            padded[: len(table[field])] = table[field]
+    return stacked, np.array(row_of)
