@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -49,15 +48,16 @@ def canonical_names(raw: mne.io.BaseRaw, policy: Policy) -> tuple[str, ...]:
                sphere, which were computed and not measured, its easycap-M1. Two channels may share a name.
     "none"     "" for every channel.
 
-    Raises ZooError for an unknown name; for names of BioSemi's ABCD layout, which collide with 10-20 names;
-    for a missing position; for a channel more than 25 degrees from every 10-10 electrode.
+    Raises ZooError, which the caller gives the file's name, for an unknown name; for names of BioSemi's
+    ABCD layout, which collide with 10-20 names; for a missing position; for a channel more than 25 degrees
+    from every 10-10 electrode.
     """
     kinds = raw.get_channel_types()
     eeg = [name for name, kind in zip(raw.ch_names, kinds, strict=True) if kind == "eeg"]
     if policy == "none" or not eeg:
         return ("",) * len(kinds)
     if policy == "by_name":
-        found = _by_name(raw, eeg)
+        found = _by_name(eeg)
     elif policy == "nearest":
         found = _nearest(raw, eeg)
     else:
@@ -99,18 +99,18 @@ def attach_template_positions(raw: mne.io.BaseRaw) -> None:
     raw.set_montage(montage, on_missing="ignore", verbose="ERROR")
 
 
-def _by_name(raw: mne.io.BaseRaw, eeg: list[str]) -> dict[str, str]:
+def _by_name(eeg: list[str]) -> dict[str, str]:
     if is_biosemi_abcd(eeg):
         raise ZooError(
-            f"{_file(raw)}: the EEG channels are named by BioSemi's ABCD layout ({eeg[0]} … {eeg[-1]}), "
-            "whose C3 is not the 10-20 site C3: wanted 10-20 names, or the sensor name policy 'nearest'"
+            f"the EEG channels are named by BioSemi's ABCD layout ({eeg[0]} … {eeg[-1]}), whose "
+            "C3 is not the 10-20 site C3: wanted 10-20 names, or the sensor name policy 'nearest'"
         )
     found = {name: plain_name(name) for name in eeg}
     for name, plain in found.items():
         if plain not in NAME_INDEX:
             close = difflib.get_close_matches(plain, NAMES, n=1, cutoff=0.0)[0]
             raise ZooError(
-                f"{_file(raw)}: channel {name!r} is not in the canonical electrode table; nearest name: "
+                f"channel {name!r} is not in the canonical electrode table; nearest name: "
                 f"{close} (rename it, correct its kind, or use the sensor name policy 'nearest' or 'none')"
             )
     return found
@@ -121,7 +121,7 @@ def _nearest(raw: mne.io.BaseRaw, eeg: list[str]) -> dict[str, str]:
     missing = [name for name, p in zip(eeg, position, strict=True) if not _has_position(p)]
     if missing:
         raise ZooError(
-            f"{_file(raw)}: channel {missing[0]!r} ({len(missing)} of {len(eeg)}) has no position: "
+            f"channel {missing[0]!r} ({len(missing)} of {len(eeg)}) has no position: "
             "the sensor name policy 'nearest' wants one for every EEG channel"
         )
     names, site = _ten_ten_positions(_ANATOMICAL)
@@ -137,7 +137,7 @@ def _nearest(raw: mne.io.BaseRaw, eeg: list[str]) -> dict[str, str]:
     if angle.max() > MAX_ANGLE_DEGREES:
         worst = int(angle.argmax())
         raise ZooError(
-            f"{_file(raw)}: channel {eeg[worst]!r} lies {angle[worst]:.0f} degrees from the nearest 10-10 "
+            f"channel {eeg[worst]!r} lies {angle[worst]:.0f} degrees from the nearest 10-10 "
             f"electrode, wanted at most {MAX_ANGLE_DEGREES:.0f}: are positions metres in head coordinates?"
         )
     return {name: names[i] for name, i in zip(eeg, cosine.argmax(axis=1), strict=True)}
@@ -169,8 +169,3 @@ def _directions(points: np.ndarray, centre: np.ndarray) -> np.ndarray:
 def _has_position(position: np.ndarray) -> bool:
     # MNE writes NaN where it knows nothing; some file formats write zeros.
     return bool(np.isfinite(position).all() and np.any(position))
-
-
-def _file(raw: mne.io.BaseRaw) -> str:
-    name = raw.filenames[0] if raw.filenames else None
-    return "recording" if name is None else Path(name).name

@@ -13,12 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from zoo.data import bids, electrodes, matrices, series, volumes
 from zoo.data.quiet import reader_warnings
 from zoo.errors import ZooError
-from zoo.sensors import KINDS
 
 if TYPE_CHECKING:
     import mne
@@ -142,7 +139,8 @@ def read(source: Source) -> Reading:
     EEG channels with 10-20 names and no positions get those of MNE's template head.
 
     Raises ZooError, naming the file and the cause: unreadable or truncated, no samples, repeated channel
-    names, events beyond the end, NaN or infinite samples, electrodes or channels that a BIDS table lacks.
+    names, events beyond the end, electrodes or channels that a BIDS table lacks. (NaN samples:
+    `zoo.data.signals`.)
     """
     try:
         with reader_warnings(source.path.name):
@@ -154,7 +152,6 @@ def read(source: Source) -> Reading:
         raise ZooError(f"{source.path.name}: cannot be read as {source.format}: {error}") from error
     if raw.n_times == 0:
         raise ZooError(f"{source.path.name}: holds no samples")
-    _check_finite(source.path, raw, kinds)
     electrodes.attach_template_positions(raw)
     return Reading(raw, kinds)
 
@@ -235,18 +232,6 @@ def _annotate_triggers(raw: mne.io.BaseRaw) -> None:
         raw.set_annotations(
             mne.annotations_from_events(events, raw.info["sfreq"], names, raw.first_samp, verbose="ERROR")
         )
-
-
-def _check_finite(path: Path, raw: mne.io.BaseRaw, kinds: tuple[str, ...]) -> None:
-    for i, kind in enumerate(kinds):
-        if kind not in KINDS:
-            continue
-        bad = np.flatnonzero(~np.isfinite(raw.get_data([i])[0]))
-        if len(bad):
-            raise ZooError(
-                f"{path.name}: channel {raw.ch_names[i]!r} has {len(bad)} NaN or infinite samples, "
-                f"the first at {raw.times[bad[0]]:.3f} s"
-            )
 
 
 def _is_recording(path: Path) -> bool:
