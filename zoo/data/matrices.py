@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.series import Series, Sidecar
+from zoo.data.series import Series, Sidecar, sidecar_path
 from zoo.errors import ZooError
 
 
@@ -20,40 +20,25 @@ def load(path: Path, variable: str) -> np.ndarray | str:
     `variable` is a path through structs with, at its end, the element of a struct array, a cell array or a
     leading third dimension: "tc", "out.resp[3]". Raises ZooError when the file has no such array.
     """
-    names, index = _parse(variable)
+    names, index = _parse(path, variable)
     with _open(path) as root:
         found = _find(path, root, names)
         if index is None and len(found) == 1:
             return _value(found[0])
-        if index is not None and index < len(found) > 1:
-            return _value(found[index])
-        whole = _value(found[0])
-        if (
-            index is None
-            or len(found) > 1
-            or isinstance(whole, str)
-            or not (whole.ndim == 3 and index < len(whole))
-        ):
-            raise ZooError(
-                f"{path.name}: no {variable!r}: {'.'.join(names)} has {max(len(found), 1)} elements"
-            )
-        return whole[index]
+        elements = _elements_of(found)
+        if index is None or index >= len(elements):
+            raise ZooError(f"{path.name}: no {variable!r}: {'.'.join(names)} has {len(elements)} elements")
+        return _value(elements[index])
 
 
 def variables(path: Path, variable: str) -> list[str]:
     """`variable` itself where it is one series, else the name of each element ("out.resp[0]", …)."""
-    names, index = _parse(variable)
+    names, index = _parse(path, variable)
+    if index is not None:
+        return [variable]
     with _open(path) as root:
-        found = _find(path, root, names)
-        if index is not None:
-            return [variable]
-        count = len(found)
-        if count == 1:
-            value = _value(found[0])
-            if isinstance(value, str) or value.ndim != 3:
-                return [variable]
-            count = len(value)
-    return [f"{variable}[{i}]" for i in range(count)]
+        count = len(_elements_of(_find(path, root, names)))
+    return [f"{variable}[{i}]" for i in range(count)] or [variable]
 
 
 def read_matrix(path: Path, variable: str, sidecar: Sidecar) -> Series:
@@ -66,12 +51,12 @@ def read_matrix(path: Path, variable: str, sidecar: Sidecar) -> Series:
     return Series(signal, names, (kind,) * len(signal), None)
 
 
-def _parse(variable: str) -> tuple[list[str], int | None]:
+def _parse(path: Path, variable: str) -> tuple[list[str], int | None]:
     match = re.fullmatch(r"(.+?)(?:\[(\d+)\])?", variable)
     if match is None:
-        raise ZooError(
-            "the name of a variable is empty: wanted Variable in the sidecar, as in 'tc' or 'out.resp'"
-        )
+        with _open(path) as root:
+            has = ", ".join(_names(root))
+        raise ZooError(f"{path.name}: wanted Variable in {sidecar_path(path).name}, one of {has}")
     return match[1].split("."), None if match[2] is None else int(match[2])
 
 
@@ -81,14 +66,18 @@ def _open(path: Path) -> Iterator[Mapping[str, Any]]:
     import h5py
     import scipy.io
 
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            yield file
-    elif h5py.is_hdf5(path):
-        with h5py.File(path) as file:
-            yield file
-    else:
-        yield scipy.io.loadmat(path, simplify_cells=True)
+    file: Any
+    try:
+        if path.suffix == ".npz":
+            file = np.load(path, allow_pickle=False)
+        elif h5py.is_hdf5(path):
+            file = h5py.File(path)
+        else:
+            file = contextlib.nullcontext(scipy.io.loadmat(path, simplify_cells=True))
+    except Exception as error:  # the three readers raise as many kinds of error
+        raise ZooError(f"{path.name}: cannot be read as a matrix: {error}") from error
+    with file as root:
+        yield root
 
 
 def _find(path: Path, root: Mapping[str, Any], names: list[str]) -> list[Any]:
@@ -96,20 +85,29 @@ def _find(path: Path, root: Mapping[str, Any], names: list[str]) -> list[Any]:
     nodes: list[Any] = [root]
     for name in names:
         for node in nodes:
-            if not hasattr(node, "keys") or name not in node:
-                has = (
-                    ", ".join(key for key in node if key[0] not in "_#")
-                    if hasattr(node, "keys")
-                    else "no fields"
-                )
+            if name not in _names(node):
+                has = ", ".join(_names(node)) or "no fields"
                 raise ZooError(
                     f"{path.name}: no variable {'.'.join(names)!r}: looked for {name!r}, found {has}"
                 )
-        nodes = [element for node in nodes for element in _elements(node[name])]
+        nodes = [element for node in nodes for element in _opened(node[name])]
     return nodes
 
 
-def _elements(value: Any) -> list[Any]:
+def _names(node: Any) -> list[str]:
+    return [key for key in node if key[0] not in "_#"] if hasattr(node, "keys") else []
+
+
+def _elements_of(found: list[Any]) -> list[Any]:
+    """What was found, if not one thing; else its parts along a leading third dimension, none without."""
+    if len(found) != 1:
+        return found
+    whole = _value(found[0])
+    return [] if isinstance(whole, str) or whole.ndim != 3 else list(whole)
+
+
+def _opened(value: Any) -> list[Any]:
+    """The elements of a struct or cell array; anything else as the only one."""
     import h5py
 
     if isinstance(value, h5py.Dataset) and h5py.check_ref_dtype(value.dtype) is not None:

@@ -92,6 +92,9 @@ _NOT_RAW_FIF = re.compile(
     r"|_split-0*([2-9]|[1-9]\d+)[_.]"
 )
 
+_PHYSIOLOGY = re.compile(r"(EOG|ECG|EKG|EMG|^RESP\b|^TEMP\b)", re.IGNORECASE)
+_PHYSIOLOGY_KINDS = {"EKG": "ecg", "TEMP": "temperature"}  # the others are called what MNE calls them
+
 
 def discover(
     source: str | Path, *, parcellation: Path | None = None, mask: Path | None = None
@@ -136,7 +139,8 @@ def read(source: Source) -> Reading:
     """One recording with its sensors, events and bad channels, loaded into memory.
 
     A stim channel becomes events (annotations named by its values) where the file has no events of its own.
-    EEG channels with 10-20 names and no positions get those of MNE's template head.
+    Outside BIDS, a channel that the format calls EEG and its name EOG, ECG, EMG, Resp or Temp is what its
+    name says. EEG channels with 10-20 names and no positions get those of MNE's template head.
 
     Raises ZooError, naming the file and the cause: unreadable or truncated, no samples, repeated channel
     names, events beyond the end, electrodes or channels that a BIDS table lacks. (NaN samples:
@@ -186,6 +190,7 @@ def _open(source: Source) -> tuple[mne.io.BaseRaw, tuple[str, ...]]:
             raw = bids.read(source.path)
         else:
             raw = mne.io.read_raw(source.path, verbose="WARNING")
+            _set_physiology_kinds(raw)
         _annotate_triggers(raw)
         return raw, tuple(raw.get_channel_types())
     sidecar = series.read_sidecar(source.path)
@@ -218,6 +223,15 @@ def check_edf_length(path: Path) -> None:
     size = path.stat().st_size
     if size < wanted:  # a record count of −1, a recording never closed, wants nothing
         raise ZooError(f"{path.name}: truncated: {size} bytes, wanted {wanted} for {records} data records")
+
+
+def _set_physiology_kinds(raw: mne.io.BaseRaw) -> None:
+    """Kinds of channels that a format without channel types calls EEG and whose name says otherwise."""
+    eeg = [name for name, kind in zip(raw.ch_names, raw.get_channel_types(), strict=True) if kind == "eeg"]
+    said = {name: match[1].upper() for name in eeg if (match := _PHYSIOLOGY.search(name))}
+    raw.set_channel_types(
+        {n: _PHYSIOLOGY_KINDS.get(word, word.lower()) for n, word in said.items()}, verbose="ERROR"
+    )
 
 
 def _annotate_triggers(raw: mne.io.BaseRaw) -> None:
