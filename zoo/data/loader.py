@@ -74,7 +74,7 @@ class Loader:
         self._rows = range(batch_size) if rows is None else rows
         self._threads, self._prefetch = threads, max(prefetch, threads)
         self._patches = window // mask_patch if mask_patch else 0
-        self._sensors, self._sensors_of = _sensor_tables(dataset)
+        self._sensors, self._sensors_of = dataset.sensor_tables()
         self._valid = [np.flatnonzero(valid) for valid in self._sensors["valid"]]
         self._n_masked = [round(mask_ratio * len(valid) * self._patches) for valid in self._valid]
         self._stream = self._examples(np.repeat(records, windows))
@@ -148,24 +148,3 @@ class Loader:
         if self._patches:
             batch["mask"] = np.stack([example["mask"] for example in examples])
         return batch
-
-
-def _sensor_tables(dataset: Dataset) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
-    """The sensors of each distinct (montage, bad channels), [tables, C, …], and each recording's row."""
-    padding = {"position": np.nan, "orientation": np.nan, "kind": 0, "name": -1, "valid": False}
-    rows: dict[tuple[int, tuple[str, ...]], int] = {}
-    tables: list[dict[str, npt.NDArray[Any]]] = []
-    row_of = []
-    for number, recording in enumerate(dataset.recordings):
-        key = (recording.montage, recording.bads)
-        if key not in rows:
-            rows[key] = len(tables)
-            tables.append(dataset.sensors(number))
-        row_of.append(rows[key])
-    stacked = {}
-    for field, fill in padding.items():
-        first = tables[0][field]
-        stacked[field] = np.full((len(tables), dataset.n_channels, *first.shape[1:]), fill, first.dtype)
-        for padded, table in zip(stacked[field], tables, strict=True):
-            padded[: len(table[field])] = table[field]
-    return stacked, np.array(row_of)

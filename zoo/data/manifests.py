@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.data.recipes import Recipe
-from zoo.data.store import StoredRecording, file_sha256, write_json, write_shards
+from zoo.data.store import FORMAT, StoredRecording, file_sha256, write_json, write_shards
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def prepare_recording(source: Source, files: list[Path], out: Path, recipe: Reci
         hashes = {file.name: file_sha256(file) for file in files}
     except OSError as error:
         return Outcome(source.id, reason=f"{error.filename}: cannot be read: {error.strerror}")
-    key = sha256(json.dumps([source.variable, hashes, recipe.to_json()]).encode()).hexdigest()
+    key = sha256(json.dumps([FORMAT, source.variable, hashes, recipe.to_json()]).encode()).hexdigest()
     kept = _kept(manifest_file, key, out)
     if kept:
         return Outcome(source.id, kept, reused=True)
@@ -81,7 +81,10 @@ def _kept(manifest_file: Path, key: str, out: Path) -> dict[str, Any] | None:
     """The manifest of an earlier run, when it was made of the same input and its shards are there."""
     if not manifest_file.exists():
         return None
-    manifest = json.loads(manifest_file.read_text())
+    try:
+        manifest = json.loads(manifest_file.read_text())
+    except ValueError:  # a power cut can leave an empty file behind
+        return None
     if manifest["key"] != key:
         return None
     for shard in manifest["shards"]:

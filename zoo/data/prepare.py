@@ -120,9 +120,9 @@ def prepare(
     console = Console()
     files = source_files(sources)
     wanted = {"split": {"policy": split, "fractions": dict(fractions)}, "sources": _stamps(files)}
-    finished = _finished(out, wanted)
+    finished = _finished(out, wanted, skip_bad, console)
     if finished:
-        console.print(f"{out}: already prepared", markup=False, highlight=False, soft_wrap=True)
+        _print(console, f"{out}: already prepared")
         return finished
     for leftover in out.glob("**/*.tmp"):
         leftover.unlink()
@@ -161,19 +161,23 @@ def _stamps(files: Mapping[str, list[Path]]) -> dict[str, dict[str, list[int]]]:
     return stamps
 
 
-def _finished(out: Path, wanted: Mapping[str, Any]) -> Totals | None:
-    """The totals of a finished dataset made of the same files, else None."""
+def _finished(out: Path, wanted: Mapping[str, Any], skip_bad: bool, console: Console) -> Totals | None:
+    """The totals of a whole dataset made of the same files, else None: there is something to do."""
     if not (out / "dataset.json").exists():
         return None
-    plain = read_dataset_json(out)
-    if plain["sources"] != wanted["sources"] or plain["split"]["policy"] != wanted["split"]["policy"]:
+    try:
+        plain = read_dataset_json(out)
+        Dataset.open(out)
+    except ZooError as error:
+        _print(console, f"{error}: now")
         return None
-    if plain["split"]["fractions"] != wanted["split"]["fractions"]:
+    split = {field: plain["split"][field] for field in wanted["split"]}
+    if plain["sources"] != wanted["sources"] or split != wanted["split"]:
         return None
-    Dataset.open(out)
-    totals = dict(plain["totals"])
-    totals["skipped"] = tuple(tuple(each) for each in totals["skipped"])
-    return Totals(**totals | {"reused": totals["files_out"]})
+    skipped = tuple((name, reason) for name, reason in plain["totals"]["skipped"])
+    if skipped and not skip_bad:
+        return None
+    return Totals(**plain["totals"] | {"skipped": skipped, "reused": plain["totals"]["files_out"]})
 
 
 def _run(
@@ -211,6 +215,10 @@ def _run(
     return sorted(outcomes, key=lambda each: each.id)
 
 
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _backend(jobs: int, dask: str) -> Iterator[None]:
     from joblib import parallel_config
@@ -238,9 +246,6 @@ def _progress(sources: list[Source], console: Console) -> Iterator[Any]:
     """A bar with the time left on a terminal, a line a recording otherwise; notes are lines in both."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("prepare", total=len(sources))
@@ -248,15 +253,15 @@ def _progress(sources: list[Source], console: Console) -> Iterator[Any]:
         def advance(outcome: Outcome, done: int) -> None:
             bar.advance(task)
             if outcome.manifest is None:
-                line(f"bad file {outcome.id}: {outcome.reason}")
+                _print(console, f"bad file {outcome.id}: {outcome.reason}")
                 return
             for note in outcome.manifest["notes"]:
-                line(f"{outcome.id}: {note}")
+                _print(console, f"{outcome.id}: {note}")
             if not console.is_terminal:
                 how = "was prepared" if outcome.reused else "prepared"
                 left = bar.tasks[task].time_remaining
                 eta = f", {left:.0f} s left" if left else ""
-                line(f"{how} {outcome.id} ({done} of {len(sources)}{eta})")
+                _print(console, f"{how} {outcome.id} ({done} of {len(sources)}{eta})")
 
         yield advance
 
@@ -320,7 +325,7 @@ def _assemble(
     sizes = ", ".join(f"{name} {len(records)}" for name, records in split.items())
     outside = int((index["split"] < 0).sum())
     summary = f"{totals}\nsplit {wanted['split']['policy']}: {sizes} records, {outside} in none"
-    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+    _print(console, summary)
     return totals
 
 

@@ -56,24 +56,25 @@ def process(reading: Reading, recipe: Recipe, file: str) -> Processed:
         except ZooError as error:
             raise ZooError(f"{file}: {error}") from error
         _check_band(raw, recipe, file)
-        _check_events(raw, file, notes)
+        annotations = _annotations(raw, file)
         try:
             if recipe.bads == "interpolate" and raw.info["bads"]:
                 notes.append(f"interpolated bad channels {', '.join(raw.info['bads'])}")
                 raw.interpolate_bads(reset_bads=True)
+            flat = _flat(raw, recipe, notes)
             _filter(raw, recipe)
             _reference(raw, recipe, kinds)
             if recipe.rate_hz and recipe.rate_hz != raw.info["sfreq"]:
                 raw.resample(recipe.rate_hz)
         except (ValueError, RuntimeError) as error:
             raise ZooError(f"{file}: recipe {recipe.name!r} cannot be applied: {error}") from error
-    signal = _scaled(raw, recipe, file, notes)
+    signal = _scaled(raw, recipe, flat, file)
     return Processed(
         signal=signal,
         rate_hz=float(raw.info["sfreq"]),
         montage=_montage(raw, kinds, canonical, notes),
         bads=tuple(raw.info["bads"]),
-        events=_events(raw),
+        events=_events(annotations, raw),
         notes=tuple(notes),
         dropped_channels=dropped,
     )
@@ -117,30 +118,36 @@ def _check_band(raw: mne.io.BaseRaw, recipe: Recipe, file: str) -> None:
             )
 
 
-def _check_events(raw: mne.io.BaseRaw, file: str, notes: list[str]) -> None:
-    onsets = raw.time_as_index(raw.annotations.onset, use_rounding=True, origin=raw.annotations.orig_time)
-    for onset, label in zip(onsets, raw.annotations.description, strict=True):
-        if not 0 <= onset < raw.n_times:
+def _annotations(raw: mne.io.BaseRaw, file: str) -> list[tuple[float, float, str]]:
+    """Onset and duration in seconds from the first sample, and label; ZooError for one outside."""
+    seconds = raw.n_times / raw.info["sfreq"]
+    found = []
+    for annotation in raw.annotations:
+        onset, label = float(annotation["onset"] - raw.first_time), str(annotation["description"])
+        if not -0.5 <= onset * raw.info["sfreq"] < raw.n_times:
             raise ZooError(
-                f"{file}: event {label!r} at {onset / raw.info['sfreq']:.3f} s lies outside the recording of "
-                f"{raw.n_times / raw.info['sfreq']:.3f} s"
+                f"{file}: event {label!r} at {onset:.3f} s lies outside the recording of {seconds:.3f} s"
             )
-    cut = int((onsets + raw.annotations.duration * raw.info["sfreq"] > raw.n_times + 1).sum())
-    if cut:
-        notes.append(f"{cut} events last beyond the end of the recording: their duration is cut")
+        found.append((onset, float(annotation["duration"]), label))
+    return found
+
+
+def _flat(raw: mne.io.BaseRaw, recipe: Recipe, notes: list[str]) -> set[str]:
+    """Channels that never change, and so have no width to scale by unless a new reference gives them one."""
+    flat = {name for i, name in enumerate(raw.ch_names) if np.ptp(raw.get_data(picks=[i])) == 0}
+    if flat:
+        notes.append(f"flat channels: {', '.join(sorted(flat))}")
+    return set() if recipe.reference else flat
 
 
 def _filter(raw: mne.io.BaseRaw, recipe: Recipe) -> None:
-    if recipe.notch_hz and recipe.butterworth_order:
-        # A band-stop of order 1 and ±1 Hz is the second-order notch of quality f / 2.
-        raw.notch_filter(
-            recipe.notch_hz,
-            picks="all",
-            notch_widths=1.0,
-            trans_bandwidth=1.0,
-            method="iir",
-            iir_params={"order": 1, "ftype": "butter", "output": "sos"},
-        )
+    if recipe.butterworth_order:
+        for hz in recipe.notch_hz:
+            # A band-stop of order 1 and ±1 Hz is the second-order notch of quality f / 2.
+            design = {"order": 1, "ftype": "butter", "output": "sos"}
+            raw.notch_filter(
+                hz, picks="all", notch_widths=1.0, trans_bandwidth=1.0, method="iir", iir_params=design
+            )
     elif recipe.notch_hz:
         raw.notch_filter(recipe.notch_hz, picks="all")
     if recipe.highpass_hz is None and recipe.lowpass_hz is None:
@@ -167,7 +174,7 @@ _STATISTICS: dict[str, Callable[[npt.NDArray[np.float64]], tuple[float, float]]]
 """Centre and width of one channel, for each scale that is taken from the signal."""
 
 
-def _scaled(raw: mne.io.BaseRaw, recipe: Recipe, file: str, notes: list[str]) -> npt.NDArray[Any]:
+def _scaled(raw: mne.io.BaseRaw, recipe: Recipe, flat: set[str], file: str) -> npt.NDArray[Any]:
     """The signal in stored units, one channel at a time so that no second float64 copy exists."""
     signal = np.empty((len(raw.ch_names), raw.n_times), recipe.dtype)
     for i, name in enumerate(raw.ch_names):
@@ -175,9 +182,8 @@ def _scaled(raw: mne.io.BaseRaw, recipe: Recipe, file: str, notes: list[str]) ->
         centre, width = 0.0, recipe.unit
         if recipe.scale != "fixed":
             centre, width = _STATISTICS[recipe.scale](channel)
-            if width == 0:
-                notes.append(f"channel {name} is flat: it has no width to scale by and is stored as zeros")
-                channel, width = np.zeros_like(channel), 1.0
+            if width == 0 or name in flat:
+                channel, centre, width = np.zeros_like(channel), 0.0, 1.0
         channel = (channel - centre) / width
         if recipe.clip is not None:
             channel = channel.clip(-recipe.clip, recipe.clip)
@@ -189,14 +195,12 @@ def _scaled(raw: mne.io.BaseRaw, recipe: Recipe, file: str, notes: list[str]) ->
     return signal
 
 
-def _events(raw: mne.io.BaseRaw) -> tuple[Event, ...]:
-    rate = raw.info["sfreq"]
-    onsets = raw.time_as_index(raw.annotations.onset, use_rounding=True, origin=raw.annotations.orig_time)
-    events = []
-    for onset, annotation in zip(onsets, raw.annotations, strict=True):
-        start = min(int(onset), raw.n_times - 1)  # rounding at the new rate may pass the last sample
-        duration = min(round(annotation["duration"] * rate), raw.n_times - start)
-        events.append(Event(start, duration, str(annotation["description"])))
+def _events(annotations: list[tuple[float, float, str]], raw: mne.io.BaseRaw) -> tuple[Event, ...]:
+    """Annotations in samples of the result; a duration that passes the end is cut there."""
+    rate, events = raw.info["sfreq"], []
+    for onset, duration, label in annotations:
+        start = min(max(round(onset * rate), 0), raw.n_times - 1)  # rounding at the new rate may pass an end
+        events.append(Event(start, min(round(duration * rate), raw.n_times - start), label))
     return tuple(events)
 
 

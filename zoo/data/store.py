@@ -184,7 +184,8 @@ class Dataset:
             raise ZooError(f"{shard}: record {self._position[i]} cannot be read: {error}") from error
         if zlib.crc32(packed) != self._crc[i]:
             raise ZooError(
-                f"{shard}: record {self._position[i]} is damaged: its checksum is not the one in the index"
+                f"{shard}: record {self._position[i]} is damaged: its checksum is not the one in the index; "
+                "delete the file and run zoo prepare again"
             )
         signal = np.frombuffer(packed, self._dtype).reshape(-1, self.length[i])
         return signal.astype(np.float32, copy=False)
@@ -224,6 +225,30 @@ class Dataset:
             "name": np.array([NAME_INDEX.get(name, -1) for name in montage.canonical], np.int32),
             "valid": ~np.isin(montage.names, stored.bads),
         }
+
+    def sensor_tables(self) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
+        """The sensors of each distinct (montage, bad channels), and which of them each recording has.
+
+        The first are the fields of `zoo.types.Sensors` [tables, n_channels, …], smaller montages padded
+        with `valid` False; the second is [recordings] int64.
+        """
+        rows: dict[tuple[int, tuple[str, ...]], int] = {}
+        tables: list[dict[str, npt.NDArray[Any]]] = []
+        row_of = []
+        for number, recording in enumerate(self.recordings):
+            key = (recording.montage, recording.bads)
+            if key not in rows:
+                rows[key] = len(tables)
+                tables.append(self.sensors(number))
+            row_of.append(rows[key])
+        padding = {"position": np.nan, "orientation": np.nan, "kind": 0, "name": -1, "valid": False}
+        stacked = {}
+        for field, fill in padding.items():
+            first = tables[0][field]
+            stacked[field] = np.full((len(tables), self.n_channels, *first.shape[1:]), fill, first.dtype)
+            for padded, table in zip(stacked[field], tables, strict=True):
+                padded[: len(table[field])] = table[field]
+        return stacked, np.array(row_of)
 
     def _open(self, shard: Path) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
