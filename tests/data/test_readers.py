@@ -122,6 +122,15 @@ def test_a_bad_file_is_named_with_its_cause(tmp_path, damage, cause):
         read_one(file)
 
 
+def test_a_truncated_bdf_is_named(tmp_path):
+    file = tmp_path / "a.bdf"
+    edfio.Bdf([edfio.BdfSignal(noise(1)[0], RATE, label="Cz", physical_dimension="uV")]).write(file)
+    assert read_one(file).raw.n_times == 5 * RATE
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ZooError, match=r"^a.bdf: truncated"):
+        read_one(file)
+
+
 def test_other_warnings_of_a_reader_are_passed_on_with_the_file_name(tmp_path):
     file = write_edf(tmp_path / "a.edf", ["Cz"], [(4.0, 9.0, "long")])
     with pytest.warns(RuntimeWarning, match=r"^a.edf: Limited 1 annotation"):
@@ -205,12 +214,21 @@ def test_bids_tables_that_do_not_fit(dataset, table, change, cause):
         read_one(dataset)
 
 
+def test_a_file_or_person_of_a_bids_folder_keeps_its_tables(dataset):
+    for part in ("sub-01", "sub-01/ses-a/eeg/sub-01_ses-a_task-odd_run-2_eeg.edf"):
+        assert read_one(dataset / part).raw.info["bads"] == ["E2"]
+
+
 def test_bids_leaves_out_what_is_no_recording(dataset):
     eeg = dataset / "sub-01/ses-a/eeg"
     write_edf(dataset / "sub-emptyroom/ses-1/eeg/sub-emptyroom_ses-1_task-noise_eeg.edf", ["E1"])
     write_edf(dataset / "derivatives/p/sub-01/eeg/sub-01_task-odd_eeg.edf", ["E1"])
     (eeg / "sub-01_ses-a_task-odd_desc-x_ica.fif").write_bytes(b"")
+    bold = dataset / "sub-01/func/sub-01_task-rest_bold.nii.gz"
+    bold.parent.mkdir()
+    bold.write_bytes(b"")
     assert len(discover(dataset)) == 1
+    assert [source.format for source in discover(dataset, mask=bold)] == ["nifti", "bids"]
 
 
 def test_faces_eeg(faces_eeg):
@@ -259,6 +277,13 @@ def test_equal_file_names_are_told_apart_by_their_folders(tmp_path):
     found = discover(tmp_path)
     assert [source.id for source in found] == ["subjects_anna_rest", "subjects_bert_rest"]
     assert [source.subject for source in found] == ["anna", "bert"]
+
+
+def test_two_files_of_one_name(tmp_path):
+    write_edf(tmp_path / "a.edf", ["Cz"])
+    (tmp_path / "a.vhdr").write_bytes(b"")
+    with pytest.raises(ZooError, match=r"a.edf and a.vhdr: two recordings of one name"):
+        discover(tmp_path)
 
 
 def test_nothing_to_read(tmp_path):

@@ -18,7 +18,7 @@ _RECORDINGS = {
     "meg": (".fif", ".ds", ".con", ".sqd"),
     "func": (".nii", ".nii.gz", ".dtseries.nii", ".ptseries.nii", ".func.gii"),
 }
-_SUFFIX = {"func": "_bold"}
+_SUFFIX = {"func": "bold"}  # elsewhere a recording's suffix is the name of its folder
 
 _ELECTRODE_KINDS = ("eeg", "seeg", "ecog", "dbs")
 
@@ -30,23 +30,32 @@ def is_root(folder: Path) -> bool:
 
 def recordings(root: Path) -> list[Path]:
     """EEG, iEEG, MEG and BOLD recordings of a dataset, but for empty rooms and later parts of split files."""
-    return [
-        path
-        for path in sorted(root.glob("sub-*/**/*"))
-        if path.parent.name in _RECORDINGS
-        and path.name.lower().endswith(_RECORDINGS[path.parent.name])
-        and f"{_SUFFIX.get(path.parent.name, f'_{path.parent.name}')}." in path.name
+    return [path for path in sorted(root.glob("sub-*/**/*")) if is_recording(path)]
+
+
+def is_recording(path: Path) -> bool:
+    """Whether a path inside a dataset is one of its recordings, by its name and folder."""
+    datatype = path.parent.name
+    return (
+        datatype in _RECORDINGS
+        and path.name.lower().endswith(_RECORDINGS[datatype])
+        and f"_{_SUFFIX.get(datatype, datatype)}." in path.name
         and not path.name.startswith("sub-emptyroom")
         and not re.search(r"_split-0*([2-9]|[1-9]\d+)_", path.name)
-    ]
+    )
 
 
 def labels(path: Path) -> dict[str, str]:
-    """Values of sub, ses, run and task in a path, "" where it has none; subjects/NAME gives sub too."""
-    found = {key: _entity(path, key) for key in ("sub", "ses", "run", "task")}
-    if not found["sub"]:
-        parts = path.parts
-        found["sub"] = next((parts[i + 1] for i in range(len(parts) - 2) if parts[i] == "subjects"), "")
+    """Values of sub, ses, run and task in a file's name, "" where it has none.
+
+    Folders may give sub and ses instead: sub-01/ses-2, or subjects/NAME.
+    """
+    found = {key: _entity(path.name, key) for key in ("sub", "ses", "run", "task")}
+    folders = path.parts[:-1]
+    for key in ("sub", "ses"):
+        found[key] = found[key] or next(filter(None, (_entity(name, key) for name in reversed(folders))), "")
+    if not found["sub"] and "subjects" in folders[:-1]:
+        found["sub"] = folders[folders.index("subjects") + 1]
     return found
 
 
@@ -77,8 +86,8 @@ def read(path: Path) -> mne.io.BaseRaw:
     return raw
 
 
-def _entity(path: Path, key: str) -> str:
-    match = re.search(rf"(?:^|[_/]){key}-([A-Za-z0-9]+)", path.as_posix())
+def _entity(name: str, key: str) -> str:
+    match = re.search(rf"(?:^|_){key}-([A-Za-z0-9]+)", name)
     return match[1] if match else ""
 
 

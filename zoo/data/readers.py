@@ -101,15 +101,15 @@ def discover(
 ) -> list[Source]:
     """The recordings of a file, a BIDS folder (it has a dataset_description.json) or any other folder.
 
-    A BIDS folder gives its EEG, iEEG and MEG recordings and its `_bold` series; empty-room recordings,
-    which hold no brain, and derivatives, which have a BIDS folder of their own, are left out. Another
-    folder gives every file of a known format below it: FIF files by their names, NIfTI and MGH files with a
-    time axis, .mat and .npz files that have a sidecar. People, sessions, runs and tasks are read from
-    BIDS-like names (sub-01_task-rest) and from folders subjects/NAME.
+    A BIDS folder gives its EEG, iEEG and MEG recordings and its `_bold` series, volumes only where a
+    parcellation or mask is given; empty-room recordings, which hold no brain, and derivatives, which have a
+    BIDS folder of their own, are left out. Another folder gives every file of a known format below it: FIF
+    files by their names, NIfTI and MGH files with a time axis, .mat and .npz files that have a sidecar.
+    People, sessions, runs and tasks are read from BIDS-like names (sub-01_task-rest) and folders subjects/NAME.
 
     parcellation, mask  fMRI: see `zoo.data.volumes`.
 
-    Raises ZooError when there is no such path or nothing to read in it.
+    Raises ZooError when there is no such path, nothing to read in it, or two files differ in ending only.
     """
     source = Path(source)
     if not source.exists():
@@ -118,6 +118,8 @@ def discover(
         paths, root = [source], source.parent
     elif bids.is_root(source):
         paths, root = bids.recordings(source), source
+        if parcellation is None and mask is None:
+            paths = [path for path in paths if _format(path) != "nifti"]
     else:
         paths, root = [p for p in sorted(source.rglob("*")) if _is_recording(p)], source
     found = [
@@ -125,13 +127,22 @@ def discover(
         if each.format in ("nifti", "surface", "cifti")
         else each
         for path in paths
-        for each in _sources(path, root)
+        for each in _sources(path)
     ]
     if not found:
-        raise ZooError(f"{source}: holds no recording of a known format (see zoo.data.readers)")
+        raise ZooError(
+            f"{source}: holds no recording of a known format (volumes want a parcellation or mask)"
+        )
     if len({each.id for each in found}) < len(found):
         # File names repeat across folders: name by the whole path below the folder instead.
         found = [replace(each, id=f"{_safe(each.path.parent.relative_to(root))}_{each.id}") for each in found]
+    known: dict[str, Source] = {}
+    for each in found:
+        if each.id in known:
+            raise ZooError(
+                f"{known[each.id].path} and {each.path.name}: two recordings of one name: rename one"
+            )
+        known[each.id] = each
     return found
 
 
@@ -160,11 +171,11 @@ def read(source: Source) -> Reading:
     return Reading(raw, kinds)
 
 
-def _sources(path: Path, root: Path) -> list[Source]:
+def _sources(path: Path) -> list[Source]:
     """The recordings in one file; several where a .mat or .npz file holds several."""
     labels = bids.labels(path)
-    kind = next((kind for kind, endings in _FORMATS.items() if _ending(path, endings)), "mne")
-    if kind == "mne" and bids.is_root(root):
+    kind = _format(path)
+    if kind == "mne" and bids.is_recording(path) and any(map(bids.is_root, path.parents)):
         kind = "bids"
     sidecar = series.read_sidecar(path)
     one = Source(path, _safe(_stem(path)), sidecar.subject or labels["sub"], labels["ses"], labels["run"],
@@ -258,6 +269,10 @@ def _is_recording(path: Path) -> bool:
     if _ending(path, _FORMATS["matrix"]):
         return series.sidecar_path(path).is_file()
     return _ending(path, (".nii", ".nii.gz", ".mgh", ".mgz")) and volumes.has_time(path)
+
+
+def _format(path: Path) -> str:
+    return next((kind for kind, endings in _FORMATS.items() if _ending(path, endings)), "mne")
 
 
 def _ending(path: Path, endings: tuple[str, ...]) -> bool:
