@@ -105,7 +105,7 @@ def discover(
     parcellation or mask is given; empty-room recordings, which hold no brain, and derivatives, which have a
     BIDS folder of their own, are left out. Another folder gives every file of a known format below it: FIF
     files by their names, NIfTI and MGH files with a time axis, .mat and .npz files that have a sidecar.
-    People, sessions, runs and tasks are read from BIDS-like names (sub-01_task-rest) and folders subjects/NAME.
+    People, sessions, runs and tasks are read from names (sub-01_task-rest) and folders subjects/NAME.
 
     parcellation, mask  fMRI: see `zoo.data.volumes`.
 
