@@ -127,6 +127,12 @@ def test_mgh_vertices_and_annot_regions(tmp_path):
     np.testing.assert_allclose(reading.raw.get_data()[0], signal[1:3].mean(axis=0), rtol=1e-5)
 
 
+def test_mgh_volumes_are_no_surface(tmp_path):
+    nibabel.save(nibabel.MGHImage(series(*SHAPE), np.eye(4)), tmp_path / "bold.mgz")
+    with pytest.raises(ZooError, match=r"^bold.mgz: shape .* wanted a surface"):
+        read_one(tmp_path / "bold.mgz")
+
+
 def test_gifti_vertices_and_label_regions(tmp_path):
     signal = series(4)
     arrays = [nibabel.gifti.GiftiDataArray(column, meta={"TimeStep": "720"}) for column in signal.T]

@@ -6,9 +6,8 @@ in a sidecar, a JSON file beside it with the same name (`rest.mat` → `rest.jso
 
     RepetitionTime     seconds a sample, or
     SamplingFrequency  samples a second; either wins over the file's own header
-    Variable           .mat, .npz: the array [channels, time], as a path through structs ("out.resp"); over
-    a struct
-                       or cell array, or a third, leading dimension, every element is a recording
+    Variable           .mat, .npz: the array [channels, time], as a path through structs ("out.resp"); of a
+                       struct or cell array, or along a third, leading dimension, each element is a recording
     Series             what these elements are: "run" (default) or "subject"
     ChannelType        one of `zoo.sensors.KINDS`; .mat, .npz: "roi" unless given
     ChannelNames       list of names, one a channel

@@ -57,7 +57,10 @@ def read_surface(path: Path, parcellation: Path | None) -> Series:
         step = image.darrays[0].metadata.get("TimeStep") or image.meta.get("TimeStep")
         rate = 1000 / float(step) if step else None  # milliseconds
     else:
-        signal = np.asanyarray(image.dataobj).reshape(-1, image.shape[-1])
+        # Old files fold more vertices than a short integer counts into the third dimension.
+        if len(image.shape) != 4 or image.shape[1] != 1:
+            raise ZooError(f"{path.name}: shape {image.shape}, wanted a surface [vertices, 1, 1, time]")
+        signal = np.asanyarray(image.dataobj).reshape(-1, image.shape[3], order="F")
         milliseconds = float(image.header["tr"])
         rate = 1000 / milliseconds if milliseconds > 0 else None
     if parcellation is None:
@@ -154,7 +157,7 @@ def _surface_labels(file: Path) -> tuple[np.ndarray, dict[int, str]]:
     image: Any = nibabel.load(file)
     if isinstance(image, nibabel.GiftiImage):
         return image.darrays[0].data.astype(int), image.labeltable.get_labels_as_dict()
-    return np.rint(np.asanyarray(image.dataobj)).astype(int).ravel(), {}
+    return np.rint(np.asanyarray(image.dataobj)).astype(int).ravel(order="F"), {}
 
 
 def _cifti_labels(file: Path, space: Any) -> tuple[np.ndarray, dict[int, str]]:
