@@ -66,24 +66,10 @@ _FORMATS = {
 
 # What a folder is searched for: endings that mean a recording and nothing else. `mne.io.read_raw` opens
 # more when given the file itself.
-_MNE_ENDINGS = (
-    *(
-        ".edf",
-        ".bdf",
-        ".gdf",
-        ".vhdr",
-        ".ahdr",
-        ".fif",
-        ".fif.gz",
-        ".set",
-        ".cnt",
-        ".mff",
-        ".ds",
-        ".sqd",
-        ".con",
-    ),
-    *(".nxe", ".lay", ".cdt", ".nedf", ".mefd", ".ns3"),
-)
+_EEG_ENDINGS = (".edf", ".bdf", ".gdf", ".vhdr", ".ahdr", ".set", ".cnt", ".mff", ".nxe", ".lay", ".cdt")
+_MEG_ENDINGS = (".fif", ".fif.gz", ".ds", ".sqd", ".con")
+_OTHER_ENDINGS = (".nedf", ".mefd", ".ns3")
+_MNE_ENDINGS = _EEG_ENDINGS + _MEG_ENDINGS + _OTHER_ENDINGS
 _FOLDER_FORMATS = (".ds", ".mff", ".mefd")  # recordings that are folders themselves
 
 # FIF files that hold no recording, and the later parts of one that was split.
