@@ -296,8 +296,8 @@ def _assemble(
         hours=sum(each["n_samples"] for each in recordings) / next(iter(by_rate)) / 3600,
         bytes=sum(shard["size"] for manifest in manifests for shard in manifest["shards"]),
     )
-    index = _index(manifests)
-    plain = {
+    index: dict[str, Any] = _index(manifests)
+    plain: dict[str, Any] = {
         "format": FORMAT,
         "recipe": recipe.to_json(),
         "rate_hz": next(iter(by_rate)),
@@ -313,20 +313,26 @@ def _assemble(
         "recordings": recordings,
         "shards": [shard for manifest in manifests for shard in manifest["shards"]],
     }
-    split = SPLITS[wanted["split"]["policy"]](Dataset(out, plain, index), wanted["split"]["fractions"])
-    for code, records in enumerate(split.values()):
-        index["split"][records] = code
-    plain["split"]["names"] = list(split)
+    summary = _assign_split(out, plain, index)
     packed = BytesIO()
-    np.savez(packed, allow_pickle=False, **index)
+    np.savez(packed, **index)
     plain["index_sha256"] = sha256(packed.getvalue()).hexdigest()
     write_file(out / "index.npz", packed.getvalue())
     write_json(out / "dataset.json", plain)
+    _print(console, f"{totals}\n{summary}")
+    return totals
+
+
+def _assign_split(out: Path, plain: dict[str, Any], index: dict[str, npt.NDArray[Any]]) -> str:
+    """Writes the default split into `plain` and `index`; returns a line about it."""
+    wanted = plain["split"]
+    split = SPLITS[wanted["policy"]](Dataset(out, plain, index), wanted["fractions"])
+    for code, records in enumerate(split.values()):
+        index["split"][records] = code
+    wanted["names"] = list(split)
     sizes = ", ".join(f"{name} {len(records)}" for name, records in split.items())
     outside = int((index["split"] < 0).sum())
-    summary = f"{totals}\nsplit {wanted['split']['policy']}: {sizes} records, {outside} in none"
-    _print(console, summary)
-    return totals
+    return f"split {wanted['policy']}: {sizes} records, {outside} in none"
 
 
 def _index(manifests: list[dict[str, Any]]) -> dict[str, npt.NDArray[Any]]:
