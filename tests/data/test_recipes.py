@@ -133,7 +133,7 @@ def test_a_flat_channel_is_zero_and_has_a_line() -> None:
     raw._data[1] = 3e-6
     result = run(raw, replace(PLAIN, scale="zscore"))
     assert not result.signal[1].any()
-    assert "flat channels: Fp2" in result.notes
+    assert "1 flat channels: Fp2" in result.notes
 
 
 def test_clip_and_float16() -> None:

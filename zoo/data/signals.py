@@ -92,9 +92,14 @@ def _pick(
         )
     dropped = [f"{raw.ch_names[i]} ({kind})" for i, kind in enumerate(kinds) if kind not in recipe.kinds]
     if dropped:
-        notes.append(f"dropped {len(dropped)} channels: {', '.join(dropped)}")
+        notes.append(f"dropped {len(dropped)} channels: {_listed(dropped)}")
     raw.pick([raw.ch_names[i] for i in keep])
     return tuple(kinds[i] for i in keep), len(dropped)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for a line that people read; a surface has thousands of vertices."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _check_finite(raw: mne.io.BaseRaw, file: str) -> None:
@@ -136,7 +141,7 @@ def _flat(raw: mne.io.BaseRaw, recipe: Recipe, notes: list[str]) -> set[str]:
     """Channels that never change, and so have no width to scale by unless a new reference gives them one."""
     flat = {name for i, name in enumerate(raw.ch_names) if np.ptp(raw.get_data(picks=[i])) == 0}
     if flat:
-        notes.append(f"flat channels: {', '.join(sorted(flat))}")
+        notes.append(f"{len(flat)} flat channels: {_listed(sorted(flat))}")
     return set() if recipe.reference else flat
 
 
