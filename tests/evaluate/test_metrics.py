@@ -85,7 +85,7 @@ def test_draws_keep_class_counts_without_blocks_and_keep_blocks_whole_with_them(
 
 
 def coverage(monkeypatch, run: int, use_blocks: bool) -> float:
-    """Share of 200 experiments whose interval holds the true accuracy .8; trials right or wrong in whole runs."""
+    """Share of 200 experiments whose interval holds the true .8; trials are right or wrong in whole runs."""
     monkeypatch.setattr(metrics, "DRAWS", 400)
     rng = np.random.default_rng(2)
     label = np.tile([0, 1], 120)
@@ -94,10 +94,8 @@ def coverage(monkeypatch, run: int, use_blocks: bool) -> float:
         right = np.repeat(rng.random(len(label) // run) < 0.8, run)
         prediction = np.where(right, label, 1 - label)
         block = np.arange(len(label)) // run if use_blocks else None
-        low, high = scores(
-            label, prediction, certain(prediction, 2), ("a", "b"), block=block
-        ).balanced_accuracy[1:]
-        held += low <= 0.8 <= high
+        accuracy = scores(label, prediction, certain(prediction, 2), ("a", "b"), block=block).balanced_accuracy
+        held += accuracy.low <= 0.8 <= accuracy.high
     return held / 200
 
 
@@ -139,8 +137,7 @@ def test_same_seed_same_interval():
     prediction = np.roll(label, 7)
     prediction[:20] = label[:20]
     one, same, other = (
-        scores(label, prediction, certain(prediction, 2), ("a", "b"), seed=seed).balanced_accuracy
-        for seed in (0, 0, 1)
+        scores(label, prediction, certain(prediction, 2), ("a", "b"), seed=seed).balanced_accuracy for seed in (0, 0, 1)
     )
     assert one == same
     assert one.value == other.value
@@ -149,9 +146,7 @@ def test_same_seed_same_interval():
 def test_bad_input_is_named():
     label = np.array([0, 1, 0, 1])
     with pytest.raises(ZooError, match=r"s2 has no trial of class 'b'"):
-        scores(
-            np.array([0, 1, 0, 0]), label, certain(label, 2), ("a", "b"), subject=np.repeat(["s1", "s2"], 2)
-        )
+        scores(np.array([0, 1, 0, 0]), label, certain(label, 2), ("a", "b"), subject=np.repeat(["s1", "s2"], 2))
     with pytest.raises(ZooError, match=r"wanted \[N\], \[N\] and \[N, 3\]"):
         scores(label, label, certain(label, 2), ABC)
     with pytest.raises(ZooError, match="class numbers 0 to 1"):

@@ -104,12 +104,8 @@ def test_across_never_fits_on_the_tested_person(people):
     result = cross_validate(person[:, None].astype(float), trials, Recorder(2, log))
     assert result.across is not None
     assert [set(seen.ravel()) for seen in log[: 5 * people]] == [{p} for p in range(people) for _ in range(5)]
-    assert [set(seen.ravel()) for seen in log[5 * people :]] == [
-        set(range(people)) - {p} for p in range(people)
-    ]
-    assert np.array_equal(
-        np.sort(np.concatenate([f.test for f in across_folds(trials)])), np.arange(30 * people)
-    )
+    assert [set(seen.ravel()) for seen in log[5 * people :]] == [set(range(people)) - {p} for p in range(people)]
+    assert np.array_equal(np.sort(np.concatenate([f.test for f in across_folds(trials)])), np.arange(30 * people))
 
 
 def test_a_test_trial_is_judged_alone():
@@ -121,8 +117,7 @@ def test_a_test_trial_is_judged_alone():
     wrecked = features.copy()
     wrecked[90:] *= 1e6
     before, after = (
-        cross_validate(f, trials, LogisticProbe(inner_folds=2)).across.probability
-        for f in (features, wrecked)
+        cross_validate(f, trials, LogisticProbe(inner_folds=2)).across.probability for f in (features, wrecked)
     )
     assert np.array_equal(before[60:90], after[60:90])
     assert not np.allclose(before[90:], after[90:])
@@ -140,9 +135,7 @@ def test_fitting_in_the_row_space_is_fitting_on_the_features(k, width):
     new[:, 7] = 3.25
     model = LogisticProbe(strengths=(1.0,)).fit(features, label)
     scale = np.where(features.std(0) > 0, features.std(0), 1)
-    direct = LogisticRegression(C=1 / width, max_iter=5000, tol=1e-8).fit(
-        (features - features.mean(0)) / scale, label
-    )
+    direct = LogisticRegression(C=1 / width, max_iter=5000, tol=1e-8).fit((features - features.mean(0)) / scale, label)
     expected = direct.predict_proba((new - features.mean(0)) / scale)
     assert np.allclose(model.predict_proba(new), expected, atol=2e-3)
     assert RowSpace.of(features).coordinates.shape == (90, min(89, width))

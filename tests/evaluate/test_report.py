@@ -18,9 +18,7 @@ def probe(people: int) -> ProbeResult:
     label = np.arange(60 * people) % 3
     subject = np.array([f"sub-{i + 1}" for i in range(people)]).repeat(60)
     features = np.eye(3)[label] + 0.7 * rng.normal(size=(60 * people, 3))
-    return linear_probe(
-        features, Trials(label, ("checker", "face", "house"), subject, np.arange(len(label)) * 99, 50)
-    )
+    return linear_probe(features, Trials(label, ("checker", "face", "house"), subject, np.arange(len(label)) * 99, 50))
 
 
 @pytest.fixture(scope="module")

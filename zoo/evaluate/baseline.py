@@ -54,9 +54,7 @@ class ShrinkageLDA(LinearClassifier):
 
         space = RowSpace.of(features)
         covariance = _PaddedLedoitWolf(features.shape[1])
-        model = LinearDiscriminantAnalysis("lsqr", covariance_estimator=covariance).fit(
-            space.coordinates, label
-        )
+        model = LinearDiscriminantAnalysis("lsqr", covariance_estimator=covariance).fit(space.coordinates, label)
         self.weights, self.intercept = space.on_features(*class_logits(model))
         return self
 

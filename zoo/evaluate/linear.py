@@ -53,8 +53,7 @@ class RowSpace:
         standard /= scale
         if standard.shape[1] <= standard.shape[0]:
             return cls(mean, scale, standard, standard, None)
-        # The eigenvectors of the n × n Gram matrix are the left singular vectors, at a fraction of an SVD's
-        # cost.
+        # The eigenvectors of the n × n Gram matrix are the left singular vectors and cheaper than an SVD.
         squared, vectors = eigh(standard @ standard.T)
         kept = squared > 1e-10 * squared[-1]
         singular, vectors = np.sqrt(squared[kept]), vectors[:, kept]

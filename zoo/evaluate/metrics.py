@@ -42,9 +42,7 @@ class Scores:
     confusion: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        intervals = {
-            name: value._asdict() for name, value in vars(self).items() if isinstance(value, Interval)
-        }
+        intervals = {name: value._asdict() for name, value in vars(self).items() if isinstance(value, Interval)}
         return {"trials": self.trials, **intervals, "confusion": self.confusion.tolist()}
 
 
@@ -84,9 +82,7 @@ def scores(
         trials = label[rows], prediction[rows], probability[rows]
         weights = draw_weights(label[rows], None if block is None else block[rows], rng)
         points.append(_point_scores(*trials))
-        draws.append(
-            {**_count_scores(weights, *trials[:2], k), "auroc": _auroc(weights, label[rows], trials[2])}
-        )
+        draws.append({**_count_scores(weights, *trials[:2], k), "auroc": _auroc(weights, label[rows], trials[2])})
     means = {
         name: _interval(np.mean([p[name] for p in points]), np.mean([d[name] for d in draws], axis=0))
         for name in points[0]
@@ -161,9 +157,7 @@ def _point_scores(label: np.ndarray, prediction: np.ndarray, probability: np.nda
         "balanced_accuracy": metrics.balanced_accuracy_score(label, prediction),
         "kappa": metrics.cohen_kappa_score(label, prediction),
         "weighted_f1": metrics.f1_score(label, prediction, average="weighted"),
-        "auroc": metrics.roc_auc_score(
-            label, probability[:, 1] if binary else probability, multi_class="ovr"
-        ),
+        "auroc": metrics.roc_auc_score(label, probability[:, 1] if binary else probability, multi_class="ovr"),
     }
 
 
@@ -173,9 +167,7 @@ def _confusion(label: np.ndarray, prediction: np.ndarray, k: int) -> np.ndarray:
     return confusion_matrix(label, prediction, labels=np.arange(k))
 
 
-def _count_scores(
-    weights: np.ndarray, label: np.ndarray, prediction: np.ndarray, k: int
-) -> dict[str, np.ndarray]:
+def _count_scores(weights: np.ndarray, label: np.ndarray, prediction: np.ndarray, k: int) -> dict[str, np.ndarray]:
     """The scores that a confusion matrix gives, for every row of weights [D, N] at once: each [D]."""
     cell = np.zeros((len(label), k * k), np.float32)
     cell[np.arange(len(label)), label * k + prediction] = 1

@@ -130,9 +130,7 @@ def linear_probe(features: np.ndarray, trials: Trials, *, folds: int = 5) -> Pro
     return cross_validate(features, trials, LogisticProbe(), folds=folds)
 
 
-def cross_validate(
-    features: np.ndarray, trials: Trials, estimator: Estimator, *, folds: int = 5
-) -> ProbeResult:
+def cross_validate(features: np.ndarray, trials: Trials, estimator: Estimator, *, folds: int = 5) -> ProbeResult:
     """Fits a fresh copy of `estimator` on every fold and scores it; see `linear_probe`.
 
     Estimators compared in one table share these folds.
@@ -173,10 +171,7 @@ def blocked_folds(trials: Trials, person: str, folds: int) -> list[Fold]:
 def across_folds(trials: Trials) -> list[Fold]:
     """Each person tested once, by a model that never saw that person."""
     rows = {person: trials.of_person(person) for person in trials.people}
-    return [
-        Fold(np.concatenate([rows[other] for other in rows if other != person]), rows[person])
-        for person in rows
-    ]
+    return [Fold(np.concatenate([rows[other] for other in rows if other != person]), rows[person]) for person in rows]
 
 
 def compare(a: ProbeResult, b: ProbeResult) -> dict[str, Interval]:
@@ -196,6 +191,8 @@ def compare(a: ProbeResult, b: ProbeResult) -> dict[str, Interval]:
 
 def _predict(features: np.ndarray, trials: Trials, estimator: Estimator, folds: list[Fold]) -> Predictions:
     """Every trial predicted by the fold that holds it out."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     classes = np.arange(len(trials.classes))
     probability = np.full((len(trials.label), len(classes)), np.nan)
     for fold in folds:
@@ -206,7 +203,10 @@ def _predict(features: np.ndarray, trials: Trials, estimator: Estimator, folds: 
                 "wanted every class throughout the recording"
             )
         model = copy.deepcopy(estimator)
-        model.fit(features[fold.train], trials.label[fold.train])
+        # Iterative solvers make thousands of small products: with a second thread they are 5 times slower, and
+        # 25 times where other programs use the cores too.
+        with threadpool_limits(1):
+            model.fit(features[fold.train], trials.label[fold.train])
         probability[fold.test] = model.predict_proba(features[fold.test])
     prediction, blocks = probability.argmax(1), trials.blocks
     subsets = {person: trials.of_person(person) for person in trials.people}

@@ -34,8 +34,11 @@ def print_table(results: Mapping[str, ProbeResult]) -> None:
 def write_json(results: Mapping[str, ProbeResult], out: Path) -> None:
     """Writes every score of every person, whole or not at all: name → `ProbeResult.to_json`."""
     part = out.with_name(f".{out.name}.part")
-    part.write_text(json.dumps({name: result.to_json() for name, result in results.items()}, indent=1))
-    os.replace(part, out)
+    try:
+        part.write_text(json.dumps({name: result.to_json() for name, result in results.items()}, indent=1))
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def plain_text(results: Mapping[str, ProbeResult]) -> str:
