@@ -30,9 +30,7 @@ def test_curves_draw_what_the_run_wrote(tmp_path):
 
 def test_a_step_written_twice_counts_as_written_last(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    written(
-        metrics, [{"step": s, "loss": 9.0} for s in (1, 2)] + [{"step": s, "loss": float(s)} for s in (2, 3)]
-    )
+    written(metrics, [{"step": s, "loss": 9.0} for s in (1, 2)] + [{"step": s, "loss": float(s)} for s in (2, 3)])
     curves(metrics, tmp_path / "resumed.png")
     written(metrics, [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 3.0}])
     curves(metrics, tmp_path / "straight.png")

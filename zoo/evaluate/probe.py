@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,16 +17,8 @@ from zoo.errors import ZooError
 from zoo.evaluate.linear import Estimator, LogisticProbe
 from zoo.evaluate.metrics import Interval, Scores, paired_difference, scores
 
-
-class Windows(Protocol):
-    """The part of `zoo.data.windows.Windows` that is used here."""
-
-    signal: np.ndarray
-    label: np.ndarray
-    classes: tuple[str, ...]
-    subject: np.ndarray
-    recording: np.ndarray
-    onset: np.ndarray
+if TYPE_CHECKING:
+    from zoo.data.windows import Windows
 
 
 @dataclass(frozen=True)

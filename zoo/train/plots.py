@@ -38,18 +38,14 @@ def curves(metrics: Path, out: Path) -> None:
     series = _series(metrics)
     panels = dict.fromkeys(CURVES[key][0] for key in series)
     figure = new_figure(7, 1 + 1.8 * len(panels))
-    for axes, panel in zip(
-        figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True
-    ):
+    for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
         for key, points in series.items():
             title, name, colour = CURVES[key]
             if title != panel:
                 continue
             steps, values = np.array(sorted(points.items())).T
             sparse = len(steps) < 30
-            axes.plot(
-                steps, values, color=colour, linewidth=1.4, label=name, marker="o" if sparse else None, ms=3
-            )
+            axes.plot(steps, values, color=colour, linewidth=1.4, label=name, marker="o" if sparse else None, ms=3)
         axes.set_ylabel(panel)
         if panel == "gradient norm":
             axes.set_yscale("log")
