@@ -38,9 +38,7 @@ SECONDS = 3.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--consumption", type=float, default=CONSUMPTION, help="windows a second of training")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256])

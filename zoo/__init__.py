@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import kernels
-
 from zoo._version import __version__
 
 if getattr(kernels, "DISTRIBUTION", None) != "brain-zoo":

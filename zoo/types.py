@@ -12,17 +12,18 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
+import numpy as np
 
 Array = jax.Array
 Batch = dict[str, Any]
 """One batch: see `zoo.data.loader` for its keys."""
-Variables = dict[str, Any]
+Variables = Mapping[str, Any]
 """Flax variables: `{"params": …}` and, where a model has them, mutable collections."""
 
 
 @flax.struct.dataclass
 class Sensors:
-    """Where and what the channels of a batch are; a pytree that travels with the signal.
+    """Where and what the channels of a batch are; a pytree that travels with the signal, of numpy arrays on the host.
 
     position     [B, C, 3] float32, metres, head coordinates (+x right ear, +y nose, +z vertex); NaN when unknown
     orientation  [B, C, 3] float32, unit vector of the sensor's axis; NaN where the kind has none
@@ -31,11 +32,11 @@ class Sensors:
     valid        [B, C] bool, False for padding and for channels marked bad
     """
 
-    position: Array
-    orientation: Array
-    kind: Array
-    name: Array
-    valid: Array
+    position: Array | np.ndarray
+    orientation: Array | np.ndarray
+    kind: Array | np.ndarray
+    name: Array | np.ndarray
+    valid: Array | np.ndarray
 
 
 @flax.struct.dataclass

@@ -35,9 +35,7 @@ def make_raw(
     samples = np.random.default_rng(seed).normal(0, 20e-6, (len(names) + 1, round(seconds * RATE_HZ)))
     info = mne.create_info([*names, "EOG1"], RATE_HZ, ["eeg"] * len(names) + ["eog"])
     raw = mne.io.RawArray(samples, info, verbose="error")
-    raw.set_annotations(
-        mne.Annotations(*zip(*events, strict=True)) if events else mne.Annotations([], [], [])
-    )
+    raw.set_annotations(mne.Annotations(*zip(*events, strict=True)) if events else mne.Annotations([], [], []))
     raw.info["bads"] = list(bads)
     return raw
 

@@ -83,9 +83,7 @@ def test_biosemi_names_are_refused_by_name_and_found_by_position(faces_eeg):
 
 @pytest.mark.parametrize("montage", ["biosemi64", "easycap-M1"])
 def test_nearest_gives_a_drawn_cap_its_own_names(montage):
-    shared = [
-        n for n in mne.channels.make_standard_montage(montage).ch_names if n.upper() in LABRAM_NAMES[:90]
-    ]
+    shared = [n for n in mne.channels.make_standard_montage(montage).ch_names if n.upper() in LABRAM_NAMES[:90]]
     raw = recording(shared, montage=montage)
     assert canonical_names(raw, "nearest") == tuple(name.upper() for name in shared)
 

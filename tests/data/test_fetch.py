@@ -63,9 +63,7 @@ def test_keeps_the_listed_files_and_says_whose_they_are(index, tmp_path, capsys)
     assert files(folder) == [MANIFEST, "sub-01/a.json", "sub-01/a.mat"]
     assert (folder / "sub-01/a.mat").read_bytes() == MEMBERS["tiny/data/sub-01/a.mat"]
     assert json.loads((folder / "sub-01/a.json").read_text()) == {"Variable": "tc"}
-    assert files(tmp_path / "cache") == [f"tiny_sample/{name}" for name in files(folder)], (
-        "the wheel is removed"
-    )
+    assert files(tmp_path / "cache") == [f"tiny_sample/{name}" for name in files(folder)], "the wheel is removed"
     assert "licence: MIT\ncite: Nobody (2026)" in capsys.readouterr().err
 
 
@@ -96,9 +94,7 @@ def test_a_wrong_hash_deletes_the_file_and_says_so(index, tmp_path):
     wheel = next(index.iterdir())
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("tiny/more.py", b"")
-    with pytest.raises(
-        ZooError, match=r"tiny-1.0-py3-none-any.whl: sha256 is .*, wanted .*; the file was deleted"
-    ):
+    with pytest.raises(ZooError, match=r"tiny-1.0-py3-none-any.whl: sha256 is .*, wanted .*; the file was deleted"):
         fetch("tiny_sample", cache=tmp_path / "cache")
     assert files(tmp_path / "cache") == []
 
@@ -115,9 +111,7 @@ def test_an_interrupted_unpacking_leaves_no_folder_and_restarts_from_the_wheel(i
 
 def test_no_index_names_package_and_cause(index, tmp_path):
     next(index.iterdir()).unlink()
-    with pytest.raises(
-        ZooError, match=r"tiny_sample: pip could not download tiny==1.0 \(No matching distribution"
-    ):
+    with pytest.raises(ZooError, match=r"tiny_sample: pip could not download tiny==1.0 \(No matching distribution"):
         fetch("tiny_sample", cache=tmp_path / "cache")
     assert files(tmp_path / "cache") == []
 
@@ -147,9 +141,7 @@ def test_unknown_name_gets_the_nearest(name, nearest):
 def test_datasets_of_mne_are_downloaded_by_mne(monkeypatch):
     import mne
 
-    monkeypatch.setattr(
-        mne.datasets.somato, "data_path", lambda download: Path("somewhere") if download else None
-    )
+    monkeypatch.setattr(mne.datasets.somato, "data_path", lambda download: Path("somewhere") if download else None)
     assert fetch("somato") == fetch("mne:somato") == Path("somewhere")
 
 

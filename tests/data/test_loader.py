@@ -27,9 +27,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 def test_what_a_batch_holds(dataset: Dataset) -> None:
     batch = next(make(dataset).at(0))
-    assert {
-        field: (value.shape, value.dtype.name) for field, value in batch.items() if field != "sensors"
-    } == {
+    assert {field: (value.shape, value.dtype.name) for field, value in batch.items() if field != "sensors"} == {
         "signal": ((8, 6, 100), "float32"),
         "mask": ((8, 6, 4), "bool"),
         "record": ((8,), "int32"),
@@ -54,9 +52,7 @@ def test_the_signal_is_where_it_says(dataset: Dataset) -> None:
             np.testing.assert_array_equal(batch["sensors"].name[row, : len(wanted)], sensors["name"])
             padded += len(wanted) < 6
     assert padded  # both montages came up
-    assert (
-        len({int(start) % 200 for batch in batches for start in batch["start"]}) > 50
-    )  # the crops are random
+    assert len({int(start) % 200 for batch in batches for start in batch["start"]}) > 50  # the crops are random
 
 
 def test_masks_are_exact_and_only_on_valid_channels(dataset: Dataset) -> None:
@@ -88,9 +84,7 @@ def test_starting_at_a_step_gives_the_same_batches(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_threads_change_nothing(dataset: Dataset, threads: int) -> None:
-    for one, other in zip(
-        islice(make(dataset).at(0), 12), make(dataset, threads=threads).at(0), strict=False
-    ):
+    for one, other in zip(islice(make(dataset).at(0), 12), make(dataset, threads=threads).at(0), strict=False):
         assert_same(one, other)
 
 

@@ -24,9 +24,7 @@ def describe(file: Path, **content: object) -> Path:
 
 def mat_5(path: Path) -> Path:
     """A struct with a struct array, as MATLAB 5 files store it."""
-    trials = np.array(
-        [(signal, f"trial {i}") for i, signal in enumerate(SIGNALS)], dtype=[("x", "O"), ("said", "O")]
-    )
+    trials = np.array([(signal, f"trial {i}") for i, signal in enumerate(SIGNALS)], dtype=[("x", "O"), ("said", "O")])
     scipy.io.savemat(path, {"out": {"trial": trials, "rate": 2.0}})
     return path
 

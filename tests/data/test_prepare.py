@@ -94,9 +94,7 @@ def test_a_bad_file_stops_the_run_by_name_and_the_next_run_continues(
     source: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = spoil(source)
-    with pytest.raises(
-        ZooError, match=rf"{BAD}\.fif: cannot be read .* \(2 of 6 recordings are prepared and kept\)"
-    ):
+    with pytest.raises(ZooError, match=rf"{BAD}\.fif: cannot be read .* \(2 of 6 recordings are prepared and kept\)"):
         prepare(source, tmp_path / "out", PLAIN)
     with pytest.raises(ZooError, match="has not finished"):
         Dataset.open(tmp_path / "out")
@@ -121,9 +119,7 @@ def test_skip_bad_lists_what_it_left_out(source: Path, tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out", PLAIN, skip_bad=True) == replace(totals, reused=5)
 
 
-def test_a_dataset_with_bad_files_left_out_is_not_enough_without_skip_bad(
-    source: Path, tmp_path: Path
-) -> None:
+def test_a_dataset_with_bad_files_left_out_is_not_enough_without_skip_bad(source: Path, tmp_path: Path) -> None:
     spoil(source)
     prepare(source, tmp_path / "out", PLAIN, skip_bad=True)
     with pytest.raises(ZooError, match=BAD):
@@ -253,9 +249,7 @@ def test_a_full_disk(tmp_path: Path, skip_bad: bool) -> None:
         pytest.skip("lacks the right to mount a small tmpfs")
     try:
         source = write_recordings(tmp_path / "source")
-        with pytest.raises(
-            ZooError, match=r"the disk is full \([1-5] of 6 recordings are prepared and kept\)"
-        ):
+        with pytest.raises(ZooError, match=r"the disk is full \([1-5] of 6 recordings are prepared and kept\)"):
             prepare(source, disk / "out", PLAIN, skip_bad=skip_bad)
         assert not temporaries(disk)
         manifested = {file.stem for file in (disk / "out" / "parts").iterdir()}

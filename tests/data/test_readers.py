@@ -47,9 +47,7 @@ def positions(raw: mne.io.BaseRaw) -> np.ndarray:
 
 
 def test_edf_keeps_signal_kinds_and_events_and_gets_template_positions(tmp_path):
-    file = write_edf(
-        tmp_path / "a.edf", ["EEG Cz-REF", "Pz", "EOG left"], [(2.0, None, "beep"), (3.0, 1.5, "tone")]
-    )
+    file = write_edf(tmp_path / "a.edf", ["EEG Cz-REF", "Pz", "EOG left"], [(2.0, None, "beep"), (3.0, 1.5, "tone")])
     reading = read_one(file)
     assert reading.kinds == ("eeg", "eeg", "eog")
     assert reading.raw.info["sfreq"] == RATE
@@ -166,9 +164,7 @@ def dataset(tmp_path) -> Path:
             for name, status in zip(names, ("good", "bad", "good", "good"), strict=True)
         ],
     )
-    write_table(
-        folder / f"{stem}_events.tsv", [{"onset": 1.5, "duration": 0.2, "trial_type": "rare", "value": 2}]
-    )
+    write_table(folder / f"{stem}_events.tsv", [{"onset": 1.5, "duration": 0.2, "trial_type": "rare", "value": 2}])
     write_table(
         folder / "sub-01_ses-a_space-CapTrak_electrodes.tsv",
         [{"name": f"E{i}", "x": 0.01 * i, "y": 0.02, "z": 0.09} for i in (1, 2, 3)],

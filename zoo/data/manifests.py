@@ -94,9 +94,7 @@ def _kept(manifest_file: Path, key: str, out: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _write(
-    source: Source, out: Path, processed: Processed, cuts: list[tuple[int, int, int]]
-) -> dict[str, Any]:
+def _write(source: Source, out: Path, processed: Processed, cuts: list[tuple[int, int, int]]) -> dict[str, Any]:
     """Writes the shards of one recording; returns its part of the index, as plain values."""
     crc: list[int] = []
 

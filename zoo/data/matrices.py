@@ -87,9 +87,7 @@ def _find(path: Path, root: Mapping[str, Any], names: list[str]) -> list[Any]:
         for node in nodes:
             if name not in _names(node):
                 has = ", ".join(_names(node)) or "no fields"
-                raise ZooError(
-                    f"{path.name}: no variable {'.'.join(names)!r}: looked for {name!r}, found {has}"
-                )
+                raise ZooError(f"{path.name}: no variable {'.'.join(names)!r}: looked for {name!r}, found {has}")
         nodes = [element for node in nodes for element in _opened(node[name])]
     return nodes
 

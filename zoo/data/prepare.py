@@ -230,9 +230,7 @@ def _backend(jobs: int, dask: str) -> Iterator[None]:
     try:
         from dask.distributed import Client
     except ImportError as error:
-        raise ZooError(
-            f"--dask {dask}: dask.distributed is not installed: pip install 'brain-zoo[dask]'"
-        ) from error
+        raise ZooError(f"--dask {dask}: dask.distributed is not installed: pip install 'brain-zoo[dask]'") from error
     try:
         client = Client(dask, timeout="30s")
     except (OSError, ValueError) as error:
@@ -277,9 +275,7 @@ def _assemble(
     by_rate = {manifest["rate_hz"]: manifest["recording"]["id"] for manifest in manifests}
     if len(by_rate) > 1:
         listed = ", ".join(f"{name} {rate:g} Hz" for rate, name in by_rate.items())
-        raise ZooError(
-            f"{out}: the recordings differ in sampling rate ({listed}): choose a recipe with rate_hz"
-        )
+        raise ZooError(f"{out}: the recordings differ in sampling rate ({listed}): choose a recipe with rate_hz")
     montages: dict[str, int] = {}
     recordings = []
     for manifest in manifests:

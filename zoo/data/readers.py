@@ -82,9 +82,7 @@ _PHYSIOLOGY = re.compile(r"(EOG|ECG|EKG|EMG|^RESP\b|^TEMP\b)", re.IGNORECASE)
 _PHYSIOLOGY_KINDS = {"EKG": "ecg", "TEMP": "temperature"}  # the others are called what MNE calls them
 
 
-def discover(
-    source: str | Path, *, parcellation: Path | None = None, mask: Path | None = None
-) -> list[Source]:
+def discover(source: str | Path, *, parcellation: Path | None = None, mask: Path | None = None) -> list[Source]:
     """The recordings of a file, a BIDS folder (it has a dataset_description.json) or any other folder.
 
     A BIDS folder gives its EEG, iEEG and MEG recordings and its `_bold` series, volumes only where a
@@ -109,25 +107,19 @@ def discover(
     else:
         paths, root = [p for p in sorted(source.rglob("*")) if _is_recording(p)], source
     found = [
-        replace(each, parcellation=parcellation, mask=mask)
-        if each.format in ("nifti", "surface", "cifti")
-        else each
+        replace(each, parcellation=parcellation, mask=mask) if each.format in ("nifti", "surface", "cifti") else each
         for path in paths
         for each in _sources(path)
     ]
     if not found:
-        raise ZooError(
-            f"{source}: holds no recording of a known format (volumes want a parcellation or mask)"
-        )
+        raise ZooError(f"{source}: holds no recording of a known format (volumes want a parcellation or mask)")
     if len({each.id for each in found}) < len(found):
         # File names repeat across folders: name by the whole path below the folder instead.
         found = [replace(each, id=f"{_safe(each.path.parent.relative_to(root))}_{each.id}") for each in found]
     known: dict[str, Source] = {}
     for each in found:
         if each.id in known:
-            raise ZooError(
-                f"{known[each.id].path} and {each.path.name}: two recordings of one name: rename one"
-            )
+            raise ZooError(f"{known[each.id].path} and {each.path.name}: two recordings of one name: rename one")
         known[each.id] = each
     return found
 
@@ -226,9 +218,7 @@ def _set_physiology_kinds(raw: mne.io.BaseRaw) -> None:
     """Kinds of channels that a format without channel types calls EEG and whose name says otherwise."""
     eeg = [name for name, kind in zip(raw.ch_names, raw.get_channel_types(), strict=True) if kind == "eeg"]
     said = {name: match[1].upper() for name in eeg if (match := _PHYSIOLOGY.search(name))}
-    raw.set_channel_types(
-        {n: _PHYSIOLOGY_KINDS.get(word, word.lower()) for n, word in said.items()}, verbose="ERROR"
-    )
+    raw.set_channel_types({n: _PHYSIOLOGY_KINDS.get(word, word.lower()) for n, word in said.items()}, verbose="ERROR")
 
 
 def _annotate_triggers(raw: mne.io.BaseRaw) -> None:

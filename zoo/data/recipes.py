@@ -39,9 +39,10 @@ _CHOICES = {
 class Window:
     """One record per event instead of continuous segments.
 
-    events  labels of the events that get a record; a record's label is an index into this tuple
-    tmin    seconds from the event's onset to the first sample
-    tmax    seconds from the event's onset to the end (exclusive)
+    Attributes:
+        events: labels of the events that get a record; a record's label is an index into this tuple
+        tmin: seconds from the event's onset to the first sample
+        tmax: seconds from the event's onset to the end (exclusive)
     """
 
     events: tuple[str, ...]
@@ -53,29 +54,30 @@ class Window:
 class Recipe:
     """How a recording becomes records; ZooError where a field makes no sense.
 
-    name               what the recipe is called
-    source             where it was published
-    kinds              kinds of channels to keep (`zoo.sensors.KINDS`); the others are dropped, and counted
-    highpass_hz        lower edge of the band, Hz; None leaves the low end as recorded
-    lowpass_hz         upper edge of the band, Hz; None leaves the high end as recorded
-    butterworth_order  0 filters with MNE's linear-phase FIR; n with a Butterworth of that order run forward
-                       and backward
-    notch_hz           frequencies to remove, Hz: the line frequency and its harmonics where the recording
-                       was made
-    reference          "" as recorded, or "average": subtract the mean of the good channels of each kind
-                       (EEG, sEEG, ECoG)
-    rate_hz            sampling rate of the records, Hz; None keeps the file's
-    scale              "fixed" divides by `unit`; the others work on each channel over the whole recording:
-                       "zscore" to mean 0 and deviation 1, "robust" to median 0 and interquartile range 1,
-                       "percentile95" divides by the 95th percentile of the magnitude
-    unit               SI value (V, T, T/m) that "fixed" stores as 1.0
-    clip               largest magnitude kept, in stored units; None keeps all
-    reject             records with a larger magnitude are left out, in stored units; None keeps all
-    sensor_names       how channels get canonical names: "by_name", "nearest" electrode by position, or "none"
-    bads               bad channels are "mark"ed (stored, `valid` False) or "interpolate"d
-    segment_seconds    length of a record of continuous signal, s; the last one of a recording is shorter
-    window             None for continuous segments
-    dtype              "float32" or "float16", as stored
+    Attributes:
+        name: what the recipe is called
+        source: where it was published
+        kinds: kinds of channels to keep (`zoo.sensors.KINDS`); the others are dropped, and counted
+        highpass_hz: lower edge of the band, Hz; None leaves the low end as recorded
+        lowpass_hz: upper edge of the band, Hz; None leaves the high end as recorded
+        butterworth_order: 0 filters with MNE's linear-phase FIR; n with a Butterworth of that order run forward
+            and backward
+        notch_hz: frequencies to remove, Hz: the line frequency and its harmonics where the recording
+            was made
+        reference: "" as recorded, or "average": subtract the mean of the good channels of each kind
+            (EEG, sEEG, ECoG)
+        rate_hz: sampling rate of the records, Hz; None keeps the file's
+        scale: "fixed" divides by `unit`; the others work on each channel over the whole recording:
+            "zscore" to mean 0 and deviation 1, "robust" to median 0 and interquartile range 1,
+            "percentile95" divides by the 95th percentile of the magnitude
+        unit: SI value (V, T, T/m) that "fixed" stores as 1.0
+        clip: largest magnitude kept, in stored units; None keeps all
+        reject: records with a larger magnitude are left out, in stored units; None keeps all
+        sensor_names: how channels get canonical names: "by_name", "nearest" electrode by position, or "none"
+        bads: bad channels are "mark"ed (stored, `valid` False) or "interpolate"d
+        segment_seconds: length of a record of continuous signal, s; the last one of a recording is shorter
+        window: None for continuous segments
+        dtype: "float32" or "float16", as stored
     """
 
     name: str

@@ -130,9 +130,7 @@ def _annotations(raw: mne.io.BaseRaw, file: str) -> list[tuple[float, float, str
     for annotation in raw.annotations:
         onset, label = float(annotation["onset"] - raw.first_time), str(annotation["description"])
         if not -0.5 <= onset * raw.info["sfreq"] < raw.n_times:
-            raise ZooError(
-                f"{file}: event {label!r} at {onset:.3f} s lies outside the recording of {seconds:.3f} s"
-            )
+            raise ZooError(f"{file}: event {label!r} at {onset:.3f} s lies outside the recording of {seconds:.3f} s")
         found.append((onset, float(annotation["duration"]), label))
     return found
 
@@ -150,9 +148,7 @@ def _filter(raw: mne.io.BaseRaw, recipe: Recipe) -> None:
         for hz in recipe.notch_hz:
             # A band-stop of order 1 and ±1 Hz is the second-order notch of quality f / 2.
             design = {"order": 1, "ftype": "butter", "output": "sos"}
-            raw.notch_filter(
-                hz, picks="all", notch_widths=1.0, trans_bandwidth=1.0, method="iir", iir_params=design
-            )
+            raw.notch_filter(hz, picks="all", notch_widths=1.0, trans_bandwidth=1.0, method="iir", iir_params=design)
     elif recipe.notch_hz:
         raw.notch_filter(recipe.notch_hz, picks="all")
     if recipe.highpass_hz is None and recipe.lowpass_hz is None:
@@ -193,9 +189,7 @@ def _scaled(raw: mne.io.BaseRaw, recipe: Recipe, flat: set[str], file: str) -> n
         if recipe.clip is not None:
             channel = channel.clip(-recipe.clip, recipe.clip)
         if np.abs(channel).max() > np.finfo(recipe.dtype).max:
-            raise ZooError(
-                f"{file}: channel {name} does not fit {recipe.dtype}: choose another unit or scale"
-            )
+            raise ZooError(f"{file}: channel {name} does not fit {recipe.dtype}: choose another unit or scale")
         signal[i] = channel
     return signal
 
@@ -209,9 +203,7 @@ def _events(annotations: list[tuple[float, float, str]], raw: mne.io.BaseRaw) ->
     return tuple(events)
 
 
-def _montage(
-    raw: mne.io.BaseRaw, kinds: tuple[str, ...], canonical: tuple[str, ...], notes: list[str]
-) -> Montage:
+def _montage(raw: mne.io.BaseRaw, kinds: tuple[str, ...], canonical: tuple[str, ...], notes: list[str]) -> Montage:
     from mne.io.constants import FIFF
 
     position = np.full((len(kinds), 3), np.nan)
@@ -265,9 +257,7 @@ def cut(processed: Processed, recipe: Recipe) -> tuple[list[tuple[int, int, int]
             continue
         peak = float(np.abs(processed.signal[:, start : start + size]).max()) if recipe.reject else 0.0
         if recipe.reject and peak >= recipe.reject:
-            lost.append(
-                f"left out {where}: its largest magnitude is {peak:.3g}, the recipe rejects {recipe.reject:g}"
-            )
+            lost.append(f"left out {where}: its largest magnitude is {peak:.3g}, the recipe rejects {recipe.reject:g}")
             continue
         cuts.append((start, size, label))
     return cuts, lost

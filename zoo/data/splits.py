@@ -61,16 +61,12 @@ SPLITS: dict[str, Callable[[Dataset, Mapping[str, float]], Split]] = {
 """The splits `zoo prepare` can store as a dataset's default."""
 
 
-def _by_group(
-    dataset: Dataset, group: Sequence[str], noun: str, fractions: Mapping[str, float], seed: int
-) -> Split:
+def _by_group(dataset: Dataset, group: Sequence[str], noun: str, fractions: Mapping[str, float], seed: int) -> Split:
     """Whole groups, in a seeded order, to the set that lacks most of its share of records."""
     shares = dict(zip(fractions, _shares(fractions), strict=True))
     names = sorted(set(group))
     if len(names) < len(shares):
-        raise ZooError(
-            f"{dataset.path}: {len(names)} {noun} cannot fill {len(shares)} sets ({', '.join(shares)})"
-        )
+        raise ZooError(f"{dataset.path}: {len(names)} {noun} cannot fill {len(shares)} sets ({', '.join(shares)})")
     records = np.array(group)[dataset.recording]
     chosen: dict[str, list[str]] = {name: [] for name in shares}
     filled = dict.fromkeys(shares, 0)

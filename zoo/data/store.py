@@ -163,9 +163,7 @@ class Dataset:
         plain = read_dataset_json(path)
         packed = _read_bytes(path / "index.npz")
         if sha256(packed).hexdigest() != plain["index_sha256"]:
-            raise ZooError(
-                f"{path / 'index.npz'}: its checksum is not the one in dataset.json; run zoo prepare again"
-            )
+            raise ZooError(f"{path / 'index.npz'}: its checksum is not the one in dataset.json; run zoo prepare again")
         with np.load(BytesIO(packed)) as index:
             arrays = dict(index)
         for shard in plain["shards"]:
@@ -337,9 +335,7 @@ def write_shards(folder: Path, stem: str, records: Iterator[npt.NDArray[Any]]) -
             shards = []
             for temporary, count in zip(written, counts, strict=True):
                 final = temporary.with_suffix("")
-                shards.append(
-                    Shard(f"shards/{final.name}", temporary.stat().st_size, file_sha256(temporary), count)
-                )
+                shards.append(Shard(f"shards/{final.name}", temporary.stat().st_size, file_sha256(temporary), count))
                 os.replace(temporary, final)
             return shards
     except BaseException:

@@ -68,9 +68,7 @@ def read_surface(path: Path, parcellation: Path | None) -> Series:
         return Series(signal, names, ("vertex",) * len(names), rate)
     labels, label_names = _surface_labels(parcellation)
     if len(labels) != len(signal):
-        raise ZooError(
-            f"{parcellation.name}: {len(labels)} vertices, wanted the {len(signal)} of {path.name}"
-        )
+        raise ZooError(f"{parcellation.name}: {len(labels)} vertices, wanted the {len(signal)} of {path.name}")
     return _regions(path, signal, labels, label_names, rate)
 
 
@@ -92,12 +90,9 @@ def read_cifti(path: Path, parcellation: Path | None) -> Series:
         return _regions(path, signal, labels, label_names, rate)
     on_surface = space.surface_mask
     index = [
-        v if s else "-".join(map(str, ijk))
-        for s, v, ijk in zip(on_surface, space.vertex, space.voxel, strict=True)
+        v if s else "-".join(map(str, ijk)) for s, v, ijk in zip(on_surface, space.vertex, space.voxel, strict=True)
     ]
-    names = tuple(
-        f"{part.removeprefix('CIFTI_STRUCTURE_')}-{i}" for part, i in zip(space.name, index, strict=True)
-    )
+    names = tuple(f"{part.removeprefix('CIFTI_STRUCTURE_')}-{i}" for part, i in zip(space.name, index, strict=True))
     return Series(signal, names, tuple("vertex" if s else "voxel" for s in on_surface), rate)
 
 

@@ -1,0 +1,196 @@
+"""The `zoo` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+
+HELP = """\
+usage: zoo COMMAND …
+
+  fetch NAME                 download a sample dataset: checked, cached, licence and citation shown
+  prepare SOURCE OUT         recordings → filtered, scaled, sharded dataset
+  train CONFIG [OPTIONS]     run a configuration, from where its folder left off
+  evaluate RUN               probe the newest checkpoint of a run again
+  list [PATTERN]             models, samples and recipes whose name holds PATTERN
+  info MODEL                 parameters, inputs and paper of a model
+
+`zoo COMMAND --help` tells more. Bad input gives one line and exit code 2.
+"""
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        from zoo import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+            raise ZooError(f"no command is called {command!r}; the nearest is {near!r}")
+        COMMANDS[command](rest)
+    except ZooError as error:
+        print(f"zoo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def fetch(arguments: Sequence[str]) -> None:
+    """zoo fetch NAME"""
+    name = _words(arguments, "zoo fetch NAME", 1)[0]
+    from zoo.data.fetch import fetch as fetch_sample
+
+    print(fetch_sample(name))
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """zoo prepare SOURCE OUT [--recipe NAME] [--recipe.FIELD VALUE …] [OPTIONS]"""
+    from zoo.data.recipes import RECIPES, Recipe, recipe
+    from zoo.terminal import parse
+
+    @dataclass(frozen=True)
+    class Prepare:
+        """Recordings → dataset. `zoo prepare SOURCE OUT [--recipe NAME] [OPTIONS]`; SOURCE is a file, folder or sample.
+
+        Attributes:
+            recipe: start from a named recipe (--recipe NAME) and replace fields of it
+            jobs: recordings at a time, one process each; -1 for all cores
+            dask: address of a Dask scheduler to run on instead
+            skip_bad: leave out files that cannot be read, and list them
+            split: how the dataset is divided by default
+            parcellation: atlas image or surface labels, for volumes and surfaces
+            mask: brain mask, for volumes
+        """
+
+        recipe: Recipe = RECIPES["raw"]
+        jobs: int = 1
+        dask: str = ""
+        skip_bad: bool = False
+        split: str = "by_time"
+        parcellation: Path | None = None
+        mask: Path | None = None
+
+    words, options = _split_words(arguments)
+    base = RECIPES["raw"]
+    if "--recipe" in options:
+        at = options.index("--recipe")
+        if at + 1 == len(options):
+            raise ZooError("zoo prepare: --recipe wants a name")
+        base = recipe(options[at + 1])
+        del options[at : at + 2]
+    chosen = parse(Prepare, options, prog="zoo prepare SOURCE OUT", default=Prepare(recipe=base))
+    source, out = _words(words, "zoo prepare SOURCE OUT [--recipe NAME]", 2)
+
+    from zoo.data.prepare import prepare as prepare_recordings
+    from zoo.run import find_source
+
+    prepare_recordings(
+        find_source(source),
+        Path(out),
+        chosen.recipe,
+        jobs=chosen.jobs,
+        dask=chosen.dask,
+        skip_bad=chosen.skip_bad,
+        split=chosen.split,
+        parcellation=chosen.parcellation,
+        mask=chosen.mask,
+    )
+
+
+def train(arguments: Sequence[str]) -> None:
+    """zoo train CONFIG [--profile] [--resume | --no-resume] [OPTIONS]"""
+    if not arguments or arguments[0].startswith("-"):
+        raise ZooError("usage: zoo train CONFIG [OPTIONS]; `zoo train CONFIG --help` lists the options")
+    short = {"--profile": "--train.profile", "--resume": "--train.resume", "--no-resume": "--train.no-resume"}
+    from zoo.run import train as run
+    from zoo.train.stop import Stopped
+
+    try:
+        run(Path(arguments[0]), [short.get(each, each) for each in arguments[1:]])
+    except Stopped as stopped:
+        print(stopped)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """zoo evaluate RUN"""
+    from zoo.run import evaluate as run
+
+    run(Path(_words(arguments, "zoo evaluate RUN", 1)[0]))
+
+
+def list_names(arguments: Sequence[str]) -> None:
+    """zoo list [PATTERN]"""
+    pattern = (_words(arguments, "zoo list [PATTERN]", 0, 1) or [""])[0]
+    from zoo.data.recipes import RECIPES
+    from zoo.data.samples import SAMPLES
+    from zoo.registry import entry, list_models
+
+    models = {name: entry(name).card.title for name in list_models(pattern)}
+    samples = {name: sample.about for name, sample in SAMPLES.items() if pattern in name}
+    recipes = {name: recipe.source for name, recipe in RECIPES.items() if pattern in name}
+    for title, names in (("models", models), ("samples", samples), ("recipes", recipes)):
+        print(f"{title}:")
+        for name, about in names.items():
+            print(f"  {name:<22} {about}")
+
+
+def info(arguments: Sequence[str]) -> None:
+    """zoo info MODEL"""
+    name = _words(arguments, "zoo info MODEL", 1)[0]
+    from zoo.registry import create, entry, parameter_count
+
+    found = entry(name)
+    options = ", ".join(f"{key} {value}" for key, value in found.options.items()) or "the defaults"
+    published = f" (published {found.card.parameters:,})" if found.card.parameters else ""
+    for title, value in (
+        ("model", f"{name}: {found.card.title}"),
+        ("parameters", f"{parameter_count(create(name)):,}{published}"),
+        ("input", found.card.inputs),
+        ("options", options),
+        ("evidence", found.card.evidence),
+        ("paper", found.card.paper),
+        ("code", f"{found.card.code} ({found.card.licence})"),
+    ):
+        print(f"{title:<11}{value}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "fetch": fetch,
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "list": list_names,
+    "info": info,
+}
+
+
+def _split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first option, and the rest."""
+    first = next((at for at, each in enumerate(arguments) if each.startswith("-")), len(arguments))
+    return list(arguments[:first]), list(arguments[first:])
+
+
+def _words(arguments: Sequence[str], usage: str, least: int, most: int | None = None) -> list[str]:
+    """Exactly the words a command takes; its usage as the error, or as the answer to --help."""
+    if any(each in ("-h", "--help") for each in arguments):
+        print(f"usage: {usage}")
+        raise SystemExit(0)
+    if any(each.startswith("-") for each in arguments) or not least <= len(arguments) <= (most or least):
+        raise ZooError(f"usage: {usage}; got {' '.join(arguments) or 'nothing'}")
+    return list(arguments)

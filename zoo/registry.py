@@ -1,0 +1,104 @@
+"""Names → constructors and cards: the one list of everything the zoo can build."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from zoo.errors import ZooError
+from zoo.types import Variables
+
+MODULES = ("zoo.encoders.labram",)
+"""Model files. Each registers its variants when it is imported."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `zoo info` tells of a model. `parameters` is the published or measured count of the module alone."""
+
+    title: str
+    paper: str
+    code: str
+    licence: str
+    inputs: str
+    parameters: int
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered variant: its constructor, the options that make it, and its card."""
+
+    constructor: Callable[..., nn.Module]
+    options: Mapping[str, Any]
+    card: Card
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(name: str, constructor: Callable[..., nn.Module], options: Mapping[str, Any], card: Card) -> None:
+    """Adds the variant `name` (`arch_size`). Called by model files at import."""
+    if name in _ENTRIES:
+        raise ValueError(f"model {name!r} is registered twice")
+    _ENTRIES[name] = Entry(constructor, dict(options), card)
+
+
+def entry(name: str) -> Entry:
+    """The entry called `name`. Raises ZooError with the nearest name when there is none."""
+    _import_models()
+    if name not in _ENTRIES:
+        near = difflib.get_close_matches(name, _ENTRIES, n=1, cutoff=0.0)
+        raise ZooError(f"no model is called {name!r}; the nearest name is {near[0]!r} (see `zoo list`)")
+    return _ENTRIES[name]
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """The Flax module of variant `name`, its published options replaced by `options`.
+
+    Raises ZooError for an unknown name or option, naming the nearest right one.
+    """
+    found = entry(name)
+    known = set(getattr(found.constructor, "__dataclass_fields__", ())) - {"parent", "name"}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)
+            raise ZooError(f"{name} has no option {option!r}; the nearest is {near[0]!r}")
+    return found.constructor(**{**found.options, **options})
+
+
+def load(name: str | Path) -> tuple[nn.Module, Variables]:
+    """The module and trained variables of a run's folder (`runs/NAME`).
+
+    Use: `module, variables = zoo.load("runs/quickstart")`, then `module.apply(variables, signal, sensors)`. Raises
+    ZooError when the folder holds no run with a finished checkpoint.
+    """
+    from zoo.run import load as load_run
+
+    return load_run(name)
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """Registered names that contain `pattern`, sorted."""
+    _import_models()
+    return sorted(name for name in _ENTRIES if pattern in name)
+
+
+def parameter_count(encoder: nn.Module) -> int:
+    """Parameters of an encoder for input of its own kind, without making them."""
+    import jax
+
+    example = encoder.example()
+    variables = jax.eval_shape(encoder.init, jax.random.key(0), *example)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _import_models() -> None:
+    for module in MODULES:
+        importlib.import_module(module)

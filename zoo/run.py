@@ -1,0 +1,373 @@
+"""The main job, whole: data → training → evaluation, in one folder `runs/NAME/`.
+
+config.py, overrides.json, config.json   what was asked
+metrics.jsonl                            figures of every step
+checkpoints/                             states, by step
+evaluation.json                          scores of the probe and its baselines
+plots/                                   training curves, a reconstruction, the probe's confusion matrix
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoo.errors import ZooError
+from zoo.train.config import Config, load_config
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from zoo.data.store import Dataset
+    from zoo.data.windows import Windows
+    from zoo.evaluate.probe import ProbeResult
+    from zoo.train.mesh import BatchPlacer
+    from zoo.train.state import Program, State
+    from zoo.types import Variables
+
+RANDOM, PRETRAINED = "random-weights probe", "pretrained probe"
+
+
+def train(file: Path, overrides: Sequence[str] = ()) -> None:
+    """`zoo train`: runs the configuration in `file`, from where its folder left off.
+
+    Raises ZooError for bad input and `zoo.train.stop.Stopped` when asked to end.
+    """
+    config = load_config(file, overrides)
+    _start(config)
+    import jax
+
+    from zoo.train.checkpoint import Checkpoints
+    from zoo.train.loop import fit
+    from zoo.train.mesh import BatchPlacer, make_mesh
+    from zoo.train.plan import report
+    from zoo.train.state import Program
+
+    main = jax.process_index() == 0
+    mesh = make_mesh(config.mesh)
+    place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
+    dataset = open_data(config)
+    loader = _loader(config, dataset, "train", place.rows)
+    validation = _loader(config, dataset, "validation", place.rows) if config.train.validate_every else None
+
+    checkpoints = Checkpoints(config.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    latest = checkpoints.latest
+    if latest is not None and not config.train.resume:
+        raise ZooError(f"{config.folder} already holds a run at step {latest}; take another --name, or remove it")
+    if main:
+        _record(config, file, overrides)
+
+    program = Program(config, config.task, mesh, place.abstract(next(loader.at(0))))
+    compiled = program.compile()
+    if main:
+        print(f"{dataset.path}: {loader}")
+        print(report(program, compiled[0]))
+    if latest is None:
+        state = program.initial()
+    else:
+        state = checkpoints.restore(latest, program.abstract())
+        if main:
+            print(f"resuming from step {latest}")
+
+    sinks = _sinks(config, latest or 0) if main else []
+    try:
+        state = fit(config, program, compiled, state, loader, validation, place, checkpoints, sinks)
+    finally:
+        for sink in sinks:
+            sink.close()
+    checkpoints.close()
+    finish(config, program, state, dataset, place)
+
+
+def evaluate(folder: Path) -> None:
+    """`zoo evaluate RUN`: evaluates the newest checkpoint of a finished or unfinished run again."""
+    config = stored_config(folder)
+    _start(config)
+    from zoo.train.checkpoint import Checkpoints
+    from zoo.train.mesh import BatchPlacer, make_mesh
+    from zoo.train.state import Program
+
+    mesh = make_mesh(config.mesh)
+    place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
+    dataset = open_data(config)
+    program = Program(
+        config, config.task, mesh, place.abstract(next(_loader(config, dataset, "train", place.rows).at(0)))
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    if checkpoints.latest is None:
+        raise ZooError(f"{folder}: the run has no finished checkpoint to evaluate")
+    state = checkpoints.restore(checkpoints.latest, program.abstract())
+    finish(config, program, state, dataset, place)
+
+
+def load(folder: str | Path, step: int | None = None) -> tuple[nn.Module, Variables]:
+    """The encoder of a run and its trained variables, averaged ones when the run kept them.
+
+    folder is a run's (`runs/NAME`); step defaults to the newest checkpoint. Use: `module, variables = load(...)`,
+    `module.apply(variables, signal, sensors)`. Raises ZooError when there is no such run, step or encoder.
+    """
+    from zoo.train.checkpoint import Checkpoints
+
+    folder = Path(folder)
+    config = stored_config(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    step = checkpoints.latest if step is None else step
+    if step is None or step not in checkpoints.steps:
+        raise ZooError(f"{folder}: no finished checkpoint of step {step}; there are {checkpoints.steps}")
+    state = checkpoints.load(step)
+    params = state["params"] if state.get("ema") is None else state["ema"]
+    collections = {
+        name: value["encoder"] for name, value in (state.get("collections") or {}).items() if "encoder" in value
+    }
+    return config.task.encoder(), {"params": params["encoder"], **collections}
+
+
+def stored_config(folder: Path) -> Config:
+    """The configuration that the run in `folder` was started with."""
+    if not (folder / "config.py").is_file():
+        raise ZooError(f"{folder}: not a run's folder, it has no config.py")
+    return load_config(folder / "config.py", json.loads((folder / "overrides.json").read_text()))
+
+
+def open_data(config: Config) -> Dataset:
+    """The prepared dataset, fetched and prepared first when it is not there. With several processes one prepares."""
+    import jax
+
+    from zoo.data.prepare import prepare
+    from zoo.data.store import Dataset
+
+    data = config.data
+    if jax.process_index() == 0 and data.source:
+        prepare(
+            find_source(data.source),
+            data.prepared,
+            data.recipe,
+            jobs=data.jobs,
+            split=data.split,
+            fractions=data.fractions,
+        )
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("data prepared")
+    dataset = Dataset.open(data.prepared)
+    check = getattr(config.task, "check_sensors", None)
+    if check:
+        for montage in dataset.montages:
+            check(montage.canonical)
+    return dataset
+
+
+def find_source(source: str) -> Path:
+    """The folder of a sample or `mne:` dataset, fetched when it is not cached; else the path itself."""
+    from zoo.data.fetch import fetch
+    from zoo.data.samples import SAMPLES
+
+    return fetch(source) if source in SAMPLES or source.startswith("mne:") else Path(source)
+
+
+def finish(config: Config, program: Program, state: State, dataset: Dataset, place: BatchPlacer) -> None:
+    """Plots and the probe's table, into the run's folder."""
+    import jax
+
+    main = jax.process_index() == 0
+    plots = config.folder / "plots"
+    if main:
+        plots.mkdir(exist_ok=True)
+        _plot_training(config, plots)
+    _plot_reconstruction(config, program, state, dataset, place, plots)
+    if not config.probe.classes:
+        return
+    results = probe(config, program, state, dataset, place)
+    if main:
+        from zoo.evaluate.metrics import Interval
+        from zoo.evaluate.plots import confusion
+        from zoo.evaluate.probe import compare
+        from zoo.evaluate.report import print_table, write_json
+
+        write_json(results, config.folder / "evaluation.json")
+        trained = results[PRETRAINED]
+        matrix = sum(scores.confusion for name, scores in trained.within.scores.items() if name != "mean")
+        confusion(np.asarray(matrix), trained.trials.classes, plots / "confusion.png", title="pretrained probe, within")
+        print_table(results)
+        for where, gain in compare(trained, results[RANDOM]).items():
+            assert isinstance(gain, Interval)
+            print(
+                f"{where}: pretrained − random weights = {gain.value:+.3f} balanced accuracy "
+                f"[95 %: {gain.low:+.3f}, {gain.high:+.3f}]"
+            )
+
+
+def probe(
+    config: Config, program: Program, state: State, dataset: Dataset, place: BatchPlacer
+) -> Mapping[str, ProbeResult]:
+    """Shrinkage LDA on the windows, and a linear probe on pooled features with random and with trained weights."""
+    from zoo.data.windows import event_windows
+    from zoo.evaluate.baseline import lda_baseline
+    from zoo.evaluate.probe import Trials, linear_probe
+
+    options = config.probe
+    windows = event_windows(dataset, options.classes, options.tmin, options.tmax)
+    for reason, count in windows.left_out.items():
+        print(f"{count} events left out: {reason}")
+    trials = Trials.of(windows)
+    untrained = program.initial()
+    features = {
+        name: embed(program, program.variables(weights), windows, place)
+        for name, weights in ((RANDOM, untrained), (PRETRAINED, state))
+    }
+    return {
+        "shrinkage LDA": lda_baseline(windows.signal, windows.rate_hz, trials, folds=options.folds),
+        **{name: linear_probe(values, trials, folds=options.folds) for name, values in features.items()},
+    }
+
+
+def embed(program: Program, variables: Variables, windows: Windows, place: BatchPlacer) -> np.ndarray:
+    """Pooled features [N, D] float32 of every window, computed on the run's mesh."""
+    import jax
+
+    from zoo.train.mesh import replicated
+    from zoo.types import Sensors
+
+    encoder: Any = program.task.encoder()  # type: ignore[attr-defined]
+
+    def pooled(variables: Variables, batch: Mapping[str, Any]) -> jax.Array:
+        inner = {name: value["encoder"] for name, value in variables.items() if "encoder" in value}
+        return encoder.apply(inner, batch["signal"], batch["sensors"]).pooled
+
+    size = program.config.data.batch_size
+    with jax.set_mesh(program.mesh), program.context():
+        compute = jax.jit(pooled, out_shardings=replicated(program.mesh))
+        parts = []
+        for first in range(0, len(windows.label), size):
+            # The last batch is filled up with its first window, so that every batch has one shape.
+            chosen = np.arange(first, first + size)
+            chosen[chosen >= len(windows.label)] = first
+            mine = chosen[list(place.rows)]
+            of_recording = {name: value[windows.recording[mine]] for name, value in windows.sensors.items()}
+            batch = place({"signal": windows.signal[mine], "sensors": Sensors(**of_recording)})
+            parts.append(np.asarray(jax.device_get(compute(variables, batch))))
+    return np.concatenate(parts)[: len(windows.label)].astype(np.float32)
+
+
+def _start(config: Config) -> None:
+    """Devices, and the cache of compiled programs (`BRAIN_ZOO_CACHE`)."""
+    import jax
+
+    from zoo.data.fetch import cache_folder
+    from zoo.train.mesh import start_devices
+
+    start_devices(config.devices)
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int]) -> Any:
+    from zoo.data.loader import Loader
+
+    data = config.data
+    if part not in dataset.splits:
+        raise ZooError(f"{dataset.path}: its split has no part {part!r}, only {', '.join(dataset.splits)}")
+    return Loader(
+        dataset,
+        dataset.splits[part],
+        window=round(data.window_seconds * dataset.rate_hz),
+        batch_size=data.batch_size,
+        seed=config.seed,
+        mask_patch=data.mask_patch,
+        mask_ratio=data.mask_ratio,
+        rows=rows,
+        threads=data.threads,
+        prefetch=data.prefetch,
+    )
+
+
+def _sinks(config: Config, step: int) -> list[Any]:
+    from zoo.train.metrics import JsonLines, Screen, TensorBoard, WeightsAndBiases
+
+    sinks: list[Any] = [JsonLines(config.folder / "metrics.jsonl", step)]
+    if config.train.tensorboard:
+        sinks.append(TensorBoard(config.folder / "tensorboard", step))
+    if config.train.wandb:
+        sinks.append(WeightsAndBiases(config, _plain(config)))
+    return [*sinks, Screen(step, config.train.steps, config.train.log_every)]
+
+
+def _record(config: Config, file: Path, overrides: Sequence[str]) -> None:
+    """Writes what was asked; says what has changed since the run began."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    resolved = config.folder / "config.json"
+    plain = json.loads(json.dumps(_plain(config)))
+    if resolved.exists():
+        before = json.loads(resolved.read_text())
+        for name in sorted(before.keys() | plain.keys()):
+            if before.get(name) != plain.get(name):
+                print(f"changed since the run began: {name} {before.get(name)} → {plain.get(name)}")
+    if file.resolve() != (config.folder / "config.py").resolve():
+        shutil.copyfile(file, config.folder / "config.py")
+    for name, value in (("overrides.json", list(overrides)), ("config.json", plain)):
+        temporary = config.folder / f"{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=1))
+        os.replace(temporary, config.folder / name)
+
+
+def _plain(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration as {dotted name: plain value}."""
+    plain: dict[str, Any] = {}
+    for each in dataclasses.fields(value):
+        inner, name = getattr(value, each.name), prefix + each.name
+        if dataclasses.is_dataclass(inner):
+            plain |= _plain(inner, f"{name}.")
+        else:
+            plain[name] = (
+                str(inner) if isinstance(inner, Path) else dict(inner) if isinstance(inner, Mapping) else inner
+            )
+    return plain
+
+
+def _plot_training(config: Config, plots: Path) -> None:
+    from zoo.train.plots import curves
+
+    curves(config.folder / "metrics.jsonl", plots / "training.png")
+
+
+def _plot_reconstruction(
+    config: Config, program: Program, state: State, dataset: Dataset, place: BatchPlacer, plots: Path
+) -> None:
+    """One held-out example with its masked patches filled in, for tasks that reconstruct."""
+    import jax
+
+    from zoo.train.mesh import replicated
+    from zoo.train.plots import reconstruction
+
+    rebuild = getattr(program.task, "reconstruct", None)
+    if rebuild is None or "mask" not in program.batch:
+        return
+    part = "validation" if "validation" in dataset.splits and len(dataset.splits["validation"]) else "train"
+    host = next(_loader(config, dataset, part, place.rows).at(0))
+    with jax.set_mesh(program.mesh), program.context():
+        compute = jax.jit(
+            lambda variables, batch: (rebuild(variables, batch)[0], batch["signal"][0], batch["mask"][0]),
+            out_shardings=replicated(program.mesh),
+        )
+        rebuilt, signal, mask = jax.device_get(compute(program.variables(state), place(host)))
+    if jax.process_index() == 0:
+        recording = dataset.recordings[dataset.recording[host["record"][0]]]
+        names = dataset.montages[recording.montage].names
+        count = len(names)
+        reconstruction(
+            signal[:count],
+            rebuilt[:count],
+            mask[:count],
+            dataset.rate_hz,
+            names,
+            plots / "reconstruction.png",
+            unit="scaled units",
+        )

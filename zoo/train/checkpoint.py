@@ -1,0 +1,150 @@
+"""Checkpoints through Orbax: asynchronous, newest and best kept, restored onto any mesh and number of hosts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from zoo.errors import ZooError
+
+
+class Checkpoints:
+    """The checkpoints in `folder`. Only finished ones count: Orbax writes to a temporary name and renames at the end.
+
+    A checkpoint is a `zoo.train.state.State`; its loss is the validation loss by which the best are kept.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        self.folder = folder
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(keep_last)]
+        if keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    reverse=True,
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest finished checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, in order."""
+        return sorted(each.step for each in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: Any, loss: float | None) -> None:
+        """Begins to save; returns once the state is copied off the device. Raises ZooError when the disk is full."""
+        if step in self.steps:
+            return
+        metrics = None if loss is None else {"loss": loss}
+        with self._disk_errors():
+            self._checkpointer.wait()
+            self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+
+    def wait(self) -> None:
+        """Returns when every save has finished."""
+        with self._disk_errors():
+            self._checkpointer.wait()
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of `step` laid out as `abstract`, whatever layout it was written from.
+
+        Raises ZooError when the checkpoint is damaged or is of another model or optimiser.
+        """
+        self._check_tree(step, abstract)
+        return self._load(step, abstract)
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Everything of `step` but the optimiser's moments, as nested dictionaries of arrays on the first device."""
+        from orbax.checkpoint import v1 as ocp
+
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def wanted(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+        abstract = {
+            name: jax.tree.map(
+                (lambda _: ocp.PLACEHOLDER) if name == "optimizer" else wanted,
+                part,
+                is_leaf=lambda leaf: hasattr(leaf, "shape"),
+            )
+            for name, part in self._metadata(step).items()
+        }
+        return self._load(step, abstract)
+
+    def close(self) -> None:
+        """Waits, then lets go."""
+        with self._disk_errors():
+            self._checkpointer.close()
+
+    def _load(self, step: int, abstract: Any) -> Any:
+        try:
+            return self._checkpointer.load(step, abstract)
+        except Exception as error:  # Orbax and TensorStore raise many kinds; all mean the same to the reader
+            raise self._damaged(step, error) from error
+
+    def _metadata(self, step: int) -> Any:
+        try:
+            return self._checkpointer.metadata(step).metadata
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> ZooError:
+        earlier = [each for each in self.steps if each < step]
+        said = next(iter(str(error).strip().splitlines()), "")[:200]
+        return ZooError(
+            f"{self.folder / str(step)}: cannot read this checkpoint, a file of it is missing or damaged "
+            f"({type(error).__name__}: {said}); remove the folder to go on from "
+            f"{f'step {earlier[-1]}' if earlier else 'the start'}"
+        )
+
+    def _check_tree(self, step: int, abstract: Any) -> None:
+        """Compares names and shapes before any array is read, so that a changed model is named as such."""
+        have, want = _shapes(self._metadata(step)), _shapes(abstract)
+        wrong = [
+            f"{name}: checkpoint {have.get(name, 'nothing')}, run {want.get(name, 'nothing')}"
+            for name in sorted(have.keys() | want.keys())
+            if have.get(name) != want.get(name)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ZooError(
+                f"{self.folder / str(step)}: written by another model or optimiser; {'; '.join(wrong[:3])}{more}"
+            )
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if any(sign in str(error) for sign in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED", "Disk quota")):
+                raise ZooError(f"{self.folder}: the disk is full, the checkpoint was not written") from error
+            raise
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

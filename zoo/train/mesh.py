@@ -1,0 +1,168 @@
+"""Devices → mesh, logical axes → mesh axes, host arrays → sharded batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from zoo.errors import ZooError
+from zoo.train.config import Devices, Mesh, Rules
+from zoo.types import Batch
+
+AXES = ("slice", "data", "fsdp", "tensor", "sequence")
+
+
+def start_devices(devices: Devices) -> None:
+    """Chooses the platform and joins the other processes. Before any other use of JAX.
+
+    Raises ZooError when the platform named is not there: JAX would otherwise run on the CPU in silence.
+    """
+    if devices.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if devices.cpu_devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices.cpu_devices)
+    if devices.coordinator == "auto":
+        jax.distributed.initialize()
+    elif devices.coordinator:
+        # The CPU's collectives need a transport; other platforms bring their own.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(devices.coordinator, devices.processes, devices.process)
+    found = jax.default_backend()
+    if devices.platform not in ("auto", found):
+        raise ZooError(f"devices.platform is {devices.platform} but JAX found only {found}; is the driver installed?")
+    if devices.cpu_devices > 1 and found == "cpu" and jax.local_device_count() != devices.cpu_devices:
+        raise ZooError(
+            f"devices.cpu_devices is {devices.cpu_devices} but JAX had already started with {jax.local_device_count()}"
+        )
+
+
+def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
+    """Axis sizes that use all `devices`, the −1 filled in. Raises ZooError when they cannot."""
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise ZooError(f"mesh sizes must be 1 or more, one of them −1 at most; got {asked}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (not free and fixed != devices):
+        raise ZooError(f"mesh {asked} needs {'a multiple of ' if free else ''}{fixed} devices; there are {devices}")
+    for axis in free:
+        sizes[axis] = devices // fixed
+    return sizes
+
+
+def make_mesh(mesh: Mesh) -> jax.sharding.Mesh:
+    """The device mesh. With several slices, `slice` runs across the data-centre network and the rest inside a slice."""
+    sizes = mesh_shape(mesh, jax.device_count())
+    inside = tuple(1 if axis == "slice" else size for axis, size in sizes.items())
+    if sizes["slice"] > 1 and hasattr(jax.devices()[0], "slice_index"):
+        across = tuple(size if axis == "slice" else 1 for axis, size in sizes.items())
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across)
+        return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def logical_rules(rules: Rules) -> list[tuple[str, tuple[str, ...] | None]]:
+    """Rules in the form `flax.linen.logical_axis_rules` takes."""
+    return [(each.name, getattr(rules, each.name) or None) for each in dataclasses.fields(rules)]
+
+
+def parameter_shardings(boxed: Any, rules: Rules, mesh: jax.sharding.Mesh) -> Any:
+    """A NamedSharding for every leaf of abstract variables boxed with logical axis names (unboxed leaves: replicated).
+
+    Raises ZooError listing every parameter whose axes do not divide, or whose axis names have no rule.
+    """
+    wrong: list[str] = []
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.shape
+        spec: list[tuple[str, ...] | None] = []
+        for axis, size in zip(leaf.names, shape, strict=True):
+            if axis is not None and not hasattr(rules, axis):
+                wrong.append(f"{name}: no rule for logical axis {axis!r}")
+            over = tuple(each for each in getattr(rules, axis or "", ()) if mesh.shape[each] > 1)
+            parts = math.prod(mesh.shape[each] for each in over)
+            if size % parts:
+                wrong.append(f"{name} {shape}: {axis} {size} does not divide over {'×'.join(over)} {parts}")
+            spec.append(over or None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(
+        sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+    if wrong:
+        raise ZooError("the mesh does not fit the model: " + "; ".join(wrong))
+    return shardings
+
+
+def check_replication(parameters: Any, shardings: Any, mesh: jax.sharding.Mesh, limit: float) -> None:
+    """Raises ZooError when parameters are to be split but more than `limit` of their bytes stay whole everywhere."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    whole: dict[str, int] = {}
+    total = 0
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        size = leaf.size * leaf.dtype.itemsize
+        total += size
+        if sharding.is_fully_replicated:
+            whole[jax.tree_util.keystr(path, simple=True, separator="/")] = size
+    share = sum(whole.values()) / total
+    if share > limit:
+        largest = max(whole, key=lambda name: whole[name])
+        raise ZooError(
+            f"{share:.0%} of parameter bytes would be whole on every device, mesh.max_replicated is {limit:.0%}; "
+            f"the largest is {largest} ({whole[largest]:,} bytes): give it logical axes or change the rules"
+        )
+
+
+class BatchPlacer:
+    """Puts this host's rows of a batch on its devices: examples over `rules.batch`, everything else whole."""
+
+    def __init__(self, mesh: jax.sharding.Mesh, rules: Rules, batch_size: int, accumulate: int) -> None:
+        self.sharding = NamedSharding(mesh, PartitionSpec(rules.batch))
+        parts = math.prod(mesh.shape[axis] for axis in rules.batch)
+        if batch_size % (parts * accumulate):
+            raise ZooError(
+                f"data.batch_size {batch_size} does not divide into {parts} device groups × {accumulate} micro-batches"
+            )
+        self._size = batch_size
+        indices = self.sharding.addressable_devices_indices_map((batch_size,))
+        self._spans = {device: index[0].indices(batch_size)[:2] for device, index in indices.items() if index}
+        self.rows: Sequence[int] = sorted({row for span in self._spans.values() for row in range(*span)})
+        """Rows of the global batch that this host's devices hold."""
+        self._place_of = {row: place for place, row in enumerate(self.rows)}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Host rows [b, …] → global arrays [B, …]; strings and other host-only leaves must be taken out before."""
+        return jax.tree.map(self._place, batch)
+
+    def abstract(self, batch: Batch) -> Batch:
+        """Shapes and shardings of the global batch that `batch` is this host's part of."""
+        return jax.tree.map(
+            lambda rows: jax.ShapeDtypeStruct((self._size, *rows.shape[1:]), rows.dtype, sharding=self.sharding), batch
+        )
+
+    def _place(self, rows: np.ndarray) -> jax.Array:
+        shape = (self._size, *rows.shape[1:])
+
+        parts = [
+            jax.device_put(rows[self._place_of[first] : self._place_of[stop - 1] + 1], device)
+            for device, (first, stop) in self._spans.items()
+        ]
+        return jax.make_array_from_single_device_arrays(shape, self.sharding, parts)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
