@@ -6,10 +6,10 @@ ICLR 2024, §2.2, and the official code (github.com/935963004/LaBraM, MIT).
 Input: EEG at 200 Hz, 0.1–75 Hz, mains notched, microvolt / 100 (recipe `labram`), cut into patches of 200 samples.
 
 Where this differs from the official code:
-- Channels whose `sensors.valid` is False take no part in attention, pooling or the group statistics; official code
-  has no such channels. With every channel valid the two agree.
+- The samples of a channel whose `sensors.valid` is False are never read: it takes no part in attention, pooling or the
+  group statistics. Official code has no such channels; with every channel valid the two agree.
 - The CLS token takes row 0 of the electrode table, as in the fine-tuning code. The pretraining code gives it the row
-  of the first channel listed; `cls_position="first_channel"` does so.
+  of the first channel listed; `cls_position="first_channel"` does so, with the first valid channel.
 - Group normalisation runs over all patches of an example, as published, so a patch's embedding depends on the others
   and, since masking comes after the embedding, masked samples reach the visible tokens through its two statistics.
   `per_patch_norm=True` normalises each patch alone and closes that leak; published weights need False.
@@ -62,11 +62,14 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", _partitioned(nn.initializers.ones, None), (features,))
         bias = self.param("bias", _partitioned(nn.initializers.zeros, None), (features,))
         grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, features // self.groups)
-        axes = (2, 4) if self.per_patch else (1, 2, 4)
-        where = None if self.per_patch else valid[:, :, None, None, None]
-        mean = grouped.mean(axes, keepdims=True, where=where)
-        variance = jnp.square(grouped - mean).mean(axes, keepdims=True, where=where)
-        normal = (grouped - mean) * jax.lax.rsqrt(variance + 1e-5)
+
+        def mean(values: Array) -> Array:
+            # First each patch, then the patches: a single long sum rounds three times worse.
+            each = values.mean((2, 4), keepdims=True)
+            return each if self.per_patch else each.mean(1, keepdims=True, where=valid[:, :, None, None, None])
+
+        centred = grouped - mean(grouped)
+        normal = centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-5)
         return (normal.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
@@ -157,7 +160,7 @@ class Block(nn.Module):
             if self.layer_scale:
                 scale = self.param(name, _partitioned(nn.initializers.constant(self.layer_scale), "embed"), (dim,))
                 branch = branch * scale.astype(branch.dtype)
-            if self.train and self.has_rng("dropout"):
+            if self.train:
                 keep = 1.0 - drop
                 kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
                 branch = jnp.where(kept, branch / keep.astype(branch.dtype), 0)
@@ -215,14 +218,16 @@ class LaBraM(nn.Module):
         """signal [B, C, T] (µV/100, 200 Hz) → Encoded, N = C·A tokens, channel-major (all patches of channel 0 first).
 
         mask [B, C, A] bool: True where the mask token stands in for the patch. tokens carry the final norm; pooled is
-        the normed mean of the un-normed valid tokens, as in fine-tuning. Raises ZooError when T is not a multiple of
-        the patch, has more than `max_patches` of them, or an option is out of range.
+        the normed mean of the un-normed valid tokens, as in fine-tuning. `train` draws drop-path from the "dropout"
+        stream. Raises ZooError when T is not a multiple of the patch or has more than `max_patches` of them, when
+        sensors or mask have another shape, or when an option is out of range.
         """
-        self._check(signal)
+        self._check_options()
+        self._check_shapes(signal, sensors, mask)
         batch, channels, samples = signal.shape
         count = samples // self.patch
-        patches = signal.reshape(batch, channels * count, self.patch)
         valid = jnp.repeat(sensors.valid, count, axis=1)
+        patches = jnp.where(valid[..., None], signal.reshape(batch, channels * count, self.patch), 0)
 
         embed = TemporalConv(self.conv_features, self.per_patch_norm, self.dtype, name="embed_patch")
         x = nn.with_logical_constraint(embed(patches, valid), ("batch", "tokens", None))
@@ -235,10 +240,13 @@ class LaBraM(nn.Module):
         cls = self.param("embed_cls", _partitioned(_TABLE_INIT, "embed"), (self.dim,))
         rows = electrode_rows(sensors)
         # A channel the table does not know must not pass for another: its embedding is NaN, and so is the loss.
-        place = jnp.where((rows > 0)[..., None], electrode[rows], jnp.nan)
+        place = jnp.where((rows > 0)[..., None], jnp.take(electrode, rows, axis=0), jnp.nan)
         place = jnp.where(sensors.valid[..., None], place, 0.0)
         x = x + (place[:, :, None] + time[:count]).reshape(batch, channels * count, self.dim).astype(x.dtype)
-        first = place[:, 0] if self.cls_position == "first_channel" else electrode[0]
+        if self.cls_position == "first_channel":
+            first = jnp.take_along_axis(place, jnp.argmax(sensors.valid, axis=1)[:, None, None], axis=1)[:, 0]
+        else:
+            first = electrode[0]
         first = jnp.broadcast_to(cls + first, (batch, self.dim)).astype(x.dtype)
 
         x = jnp.concatenate([first[:, None], x], axis=1)
@@ -299,11 +307,11 @@ class LaBraM(nn.Module):
     def _layers(self) -> tuple[Array, Array]:
         return jnp.arange(1.0, self.depth + 1.0), jnp.linspace(0.0, self.drop_path, self.depth)
 
-    def _check(self, signal: Array) -> None:
-        if self.dim != self.patch // 8 * self.conv_features or self.patch % 8:
+    def _check_options(self) -> None:
+        if self.patch % 8 or self.conv_features % 4 or self.dim != self.patch // 8 * self.conv_features:
             raise ZooError(
-                f"LaBraM dim must be patch/8 · conv_features: got dim {self.dim}, patch {self.patch}, "
-                f"conv_features {self.conv_features}"
+                "LaBraM wants dim = patch/8 · conv_features, patch a multiple of 8, conv_features of 4: "
+                f"got dim {self.dim}, patch {self.patch}, conv_features {self.conv_features}"
             )
         if self.dim % self.heads:
             raise ZooError(f"LaBraM dim {self.dim} does not divide into {self.heads} heads")
@@ -311,11 +319,19 @@ class LaBraM(nn.Module):
             raise ZooError(f"LaBraM remat must be one of {sorted(REMAT)}, got {self.remat!r}")
         if self.cls_position not in ("row", "first_channel"):
             raise ZooError(f"LaBraM cls_position must be 'row' or 'first_channel', got {self.cls_position!r}")
-        samples = signal.shape[-1]
+        if not 0 <= self.drop_path < 1:
+            raise ZooError(f"LaBraM drop_path must be in [0, 1), got {self.drop_path}")
+
+    def _check_shapes(self, signal: Array, sensors: Sensors, mask: Array | None) -> None:
+        batch, channels, samples = signal.shape
         if samples % self.patch or not 0 < samples // self.patch <= self.max_patches:
             raise ZooError(
                 f"LaBraM wants 1 to {self.max_patches} patches of {self.patch} samples, got {samples} samples"
             )
+        if sensors.valid.shape != (batch, channels):
+            raise ZooError(f"LaBraM wants sensors for {(batch, channels)} channels, got {sensors.valid.shape}")
+        if mask is not None and mask.shape != (batch, channels, samples // self.patch):
+            raise ZooError(f"LaBraM wants a mask of shape {(batch, channels, samples // self.patch)}, got {mask.shape}")
 
 
 def electrode_rows(sensors: Sensors) -> Array:
