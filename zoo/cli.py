@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.data.recipes import RECIPES, Recipe, recipe
 from zoo.errors import ZooError
 
 HELP = """\
@@ -24,6 +25,29 @@ usage: zoo COMMAND …
 `zoo COMMAND --help` tells more. Bad input gives one line and exit code 2.
 """
 INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Recordings → dataset. `zoo prepare SOURCE OUT [--recipe NAME] [OPTIONS]`; SOURCE is a file, folder or sample.
+
+    Attributes:
+        recipe: start from a named recipe (--recipe NAME) and replace fields of it
+        jobs: recordings at a time, one process each; -1 for all cores
+        dask: address of a Dask scheduler to run on instead
+        skip_bad: leave out files that cannot be read, and list them
+        split: how the dataset is divided by default
+        parcellation: atlas image or surface labels, for volumes and surfaces
+        mask: brain mask, for volumes
+    """
+
+    recipe: Recipe = RECIPES["raw"]
+    jobs: int = 1
+    dask: str = ""
+    skip_bad: bool = False
+    split: str = "by_time"
+    parcellation: Path | None = None
+    mask: Path | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,30 +85,7 @@ def fetch(arguments: Sequence[str]) -> None:
 
 def prepare(arguments: Sequence[str]) -> None:
     """zoo prepare SOURCE OUT [--recipe NAME] [--recipe.FIELD VALUE …] [OPTIONS]"""
-    from zoo.data.recipes import RECIPES, Recipe, recipe
     from zoo.terminal import parse
-
-    @dataclass(frozen=True)
-    class Prepare:
-        """Recordings → dataset. `zoo prepare SOURCE OUT [--recipe NAME] [OPTIONS]`; SOURCE is a file, folder or sample.
-
-        Attributes:
-            recipe: start from a named recipe (--recipe NAME) and replace fields of it
-            jobs: recordings at a time, one process each; -1 for all cores
-            dask: address of a Dask scheduler to run on instead
-            skip_bad: leave out files that cannot be read, and list them
-            split: how the dataset is divided by default
-            parcellation: atlas image or surface labels, for volumes and surfaces
-            mask: brain mask, for volumes
-        """
-
-        recipe: Recipe = RECIPES["raw"]
-        jobs: int = 1
-        dask: str = ""
-        skip_bad: bool = False
-        split: str = "by_time"
-        parcellation: Path | None = None
-        mask: Path | None = None
 
     words, options = _split_words(arguments)
     base = RECIPES["raw"]
@@ -137,7 +138,6 @@ def evaluate(arguments: Sequence[str]) -> None:
 def list_names(arguments: Sequence[str]) -> None:
     """zoo list [PATTERN]"""
     pattern = (_words(arguments, "zoo list [PATTERN]", 0, 1) or [""])[0]
-    from zoo.data.recipes import RECIPES
     from zoo.data.samples import SAMPLES
     from zoo.registry import entry, list_models
 
