@@ -238,6 +238,8 @@ class LaBraM(nn.Module):
         electrode = self.param("embed_electrode", _partitioned(_TABLE_INIT, None, "embed"), (ROWS, self.dim))
         time = self.param("embed_time", _partitioned(_TABLE_INIT, None, "embed"), (self.max_patches, self.dim))
         cls = self.param("embed_cls", _partitioned(_TABLE_INIT, "embed"), (self.dim,))
+        # Made whole before rows are taken of it: from a split table XLA would copy the batch to every device.
+        electrode = nn.with_logical_constraint(electrode, (None, None))
         rows = electrode_rows(sensors)
         # A channel the table does not know must not pass for another: its embedding is NaN, and so is the loss.
         place = jnp.where((rows > 0)[..., None], jnp.take(electrode, rows, axis=0), jnp.nan)
