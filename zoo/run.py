@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,6 +263,8 @@ def _start(config: Config) -> None:
     from zoo.data.fetch import cache_folder
     from zoo.train.mesh import start_devices
 
+    # Orbax and Grain log, with tracebacks, what they also raise; what is raised is told in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     start_devices(config.devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -302,7 +303,10 @@ def _sinks(config: Config, step: int) -> list[Any]:
 
 def _record(config: Config, file: Path, overrides: Sequence[str]) -> None:
     """Writes what was asked; says what has changed since the run began."""
-    config.folder.mkdir(parents=True, exist_ok=True)
+    from zoo.data.store import disk_errors, write_file
+
+    with disk_errors(config.folder):
+        config.folder.mkdir(parents=True, exist_ok=True)
     resolved = config.folder / "config.json"
     plain = json.loads(json.dumps(_plain(config)))
     if resolved.exists():
@@ -310,12 +314,9 @@ def _record(config: Config, file: Path, overrides: Sequence[str]) -> None:
         for name in sorted(before.keys() | plain.keys()):
             if before.get(name) != plain.get(name):
                 print(f"changed since the run began: {name} {before.get(name)} → {plain.get(name)}")
-    if file.resolve() != (config.folder / "config.py").resolve():
-        shutil.copyfile(file, config.folder / "config.py")
+    write_file(config.folder / "config.py", file.read_bytes())
     for name, value in (("overrides.json", list(overrides)), ("config.json", plain)):
-        temporary = config.folder / f"{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=1))
-        os.replace(temporary, config.folder / name)
+        write_file(config.folder / name, json.dumps(value, indent=1).encode())
 
 
 def _plain(value: Any, prefix: str = "") -> dict[str, Any]:

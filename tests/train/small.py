@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 STEPS = 20
 CHECKPOINT_EVERY = 4
@@ -72,3 +75,20 @@ def metrics(folder: Path, name: str = "small") -> list[dict[str, float]]:
     """What a run wrote, without the times."""
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def go_on_elsewhere(run: Path, folder: Path, step: int) -> None:
+    """Puts a finished run into another working folder as it was when `step` had just been saved."""
+    shutil.copytree(run / "runs/small", folder / "runs/small")
+    for saved in (folder / "runs/small/checkpoints").iterdir():
+        if int(saved.name) > step:
+            shutil.rmtree(saved)
+
+
+def assert_same_curve(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    """Every figure of every step to 1e-5."""
+    assert [line.keys() for line in found] == [line.keys() for line in wanted]
+    for name in wanted[-1]:
+        np.testing.assert_allclose(
+            *([line.get(name, 0.0) for line in run] for run in (found, wanted)), 1e-5, 1e-5, err_msg=name
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Checkpoints:
         metrics = None if loss is None else {"loss": loss}
         with self._disk_errors():
             self._checkpointer.wait()
+            self._check_room(state)
             self._checkpointer.save_async(step, state, force=True, metrics=metrics)
 
     def wait(self) -> None:
@@ -131,12 +133,18 @@ class Checkpoints:
                 f"{self.folder / str(step)}: written by another model or optimiser; {'; '.join(wrong[:3])}{more}"
             )
 
+    def _check_room(self, state: Any) -> None:
+        """Sees a full disk before a part of a checkpoint is on it."""
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ZooError(f"{self.folder}: the disk is full: a checkpoint takes {needed:,} bytes, {free:,} are free")
+
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if any(sign in str(error) for sign in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED", "Disk quota")):
+            if any(sign in str(error) for sign in ("No space left", "Disk quota")):
                 raise ZooError(f"{self.folder}: the disk is full, the checkpoint was not written") from error
             raise
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from zoo.data.store import disk_errors, write_file
 from zoo.errors import ZooError
 from zoo.train.config import Config
 
@@ -33,16 +33,17 @@ class JsonLines:
                 with contextlib.suppress(ValueError):
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, file)
+        write_file(file, "".join(kept).encode())
+        self._file = file
         self._out = file.open("a", buffering=1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._out.write(json.dumps({"step": step, **figures}) + "\n")
+        with disk_errors(self._file):
+            self._out.write(json.dumps({"step": step, **figures}) + "\n")
 
     def close(self) -> None:
-        self._out.close()
+        with disk_errors(self._file):
+            self._out.close()
 
 
 class TensorBoard:
