@@ -47,6 +47,7 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     from zoo.train.loop import fit
     from zoo.train.mesh import BatchPlacer, make_mesh
     from zoo.train.plan import report
+    from zoo.train.start import begin_from
     from zoo.train.state import Program
 
     main = jax.process_index() == 0
@@ -70,6 +71,8 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
         print(report(program, compiled[0]))
     if latest is None:
         state = program.initial()
+        if config.start.run:
+            state = begin_from(state, trained_parameters(Path(config.start.run))[1], config.start)
     else:
         state = checkpoints.restore(latest, program.abstract())
         if main:
@@ -110,11 +113,17 @@ def load(folder: str | Path, step: int | None = None) -> tuple[nn.Module, Variab
     """The encoder of a run and its trained variables, averaged ones when the run kept them.
 
     folder is a run's (`runs/NAME`); step defaults to the newest checkpoint. Use: `module, variables = load(...)`,
-    `module.apply(variables, signal, sensors)`. Raises ZooError when there is no such run, step or encoder.
+    `module.apply(variables, signal, sensors)`. Raises ZooError when there is no such run or step.
     """
+    config, params, collections = trained_parameters(Path(folder), step)
+    inner = {name: value["encoder"] for name, value in collections.items() if "encoder" in value}
+    return config.task.encoder(), {"params": params["encoder"], **inner}
+
+
+def trained_parameters(folder: Path, step: int | None = None) -> tuple[Config, Any, Any]:
+    """A run's configuration, and the parameters (averaged when kept) and collections of a step of it."""
     from zoo.train.checkpoint import Checkpoints
 
-    folder = Path(folder)
     config = stored_config(folder)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     step = checkpoints.latest if step is None else step
@@ -122,10 +131,7 @@ def load(folder: str | Path, step: int | None = None) -> tuple[nn.Module, Variab
         raise ZooError(f"{folder}: no finished checkpoint of step {step}; there are {checkpoints.steps}")
     state = checkpoints.load(step)
     params = state["params"] if state.get("ema") is None else state["ema"]
-    collections = {
-        name: value["encoder"] for name, value in (state.get("collections") or {}).items() if "encoder" in value
-    }
-    return config.task.encoder(), {"params": params["encoder"], **collections}
+    return config, params, state.get("collections") or {}
 
 
 def stored_config(folder: Path) -> Config:

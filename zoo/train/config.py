@@ -51,6 +51,21 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a run begins from when it has no checkpoint of its own: random parameters, or another run's.
+
+    Attributes:
+        run: folder of the other run; empty for random parameters
+        new: patterns (regular expressions) of parameters that the other run lacks and that begin random
+        unused: patterns of the other run's parameters that this one has no place for
+    """
+
+    run: str = ""
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """The update rule.
 
@@ -192,6 +207,7 @@ class Config:
     runs: Path = Path("runs")
     seed: int = 0
     data: Data = Data()
+    start: Start = Start()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     mesh: Mesh = Mesh()
