@@ -1,12 +1,16 @@
-"""Real recordings for the tests, fetched once into the user's cache."""
+"""Devices, and real recordings fetched once into the user's cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from zoo.data.fetch import fetch
+
+# Before anything uses JAX: tests of sharding want several devices, and the CPU can pretend to be them.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

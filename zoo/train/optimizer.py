@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,71 +47,67 @@ def build(options: Optimizer, steps: int, boxed: Any) -> optax.GradientTransform
     Raises ZooError for a pattern in `freeze` that no parameter matches.
     """
     rate = schedule(options, steps)
-    names = _names(boxed)
     axes = _axes(boxed)
-    decayed = jax.tree.map(
-        lambda name, axis: len(axis) - axis.count("layers") > 1 and not _matches((*options.no_decay, "bias$"), name),
-        names,
-        axes,
-        is_leaf=_is_axes,
-    )
-    if options.name == "muon":
-        rule = optax.contrib.muon(
+    for pattern in options.freeze:
+        if not any(re.search(pattern, name) for name in axes):
+            raise ZooError(f"optimizer.freeze: no parameter matches {pattern!r}")
+
+    def decays(name: str) -> bool:
+        matrix = len(axes[name]) - axes[name].count("layers") > 1
+        return matrix and not _matches((*options.no_decay, "bias$"), name)
+
+    def label(name: str) -> str:
+        if _matches(options.freeze, name):
+            return "frozen"
+        return "matrix" if options.name == "muon" and _muon_axes(axes[name]) else "other"
+
+    decayed = _for_names(decays)
+    rules = {
+        "matrix": optax.contrib.muon(
             rate,
             beta=0.95,
             weight_decay=options.weight_decay,
             weight_decay_mask=decayed,
-            adam_b1=options.b1,
-            adam_b2=options.b2,
-            adam_weight_decay=options.weight_decay,
             # Without these optax takes only 2-D parameters, and layers stacked by scan are 3-D and more.
-            muon_weight_dimension_numbers=jax.tree.map(_muon_axes, axes, is_leaf=_is_axes),
+            muon_weight_dimension_numbers=_for_names(lambda name: _muon_axes(axes[name])),
             consistent_rms=0.2,
-        )
-    elif options.name == "lion":
-        rule = optax.lion(rate, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, mask=decayed)
-    else:
-        rule = optax.adamw(rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay, mask=decayed)
+        ),
+        "other": optax.lion(rate, options.b1, options.b2, weight_decay=options.weight_decay, mask=decayed)
+        if options.name == "lion"
+        else optax.adamw(rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay, mask=decayed),
+        "frozen": optax.set_to_zero(),
+    }
+    chain = [optax.partition(rules, _for_names(label))]
     if options.clip_norm:
-        rule = optax.chain(optax.clip_by_global_norm(options.clip_norm), rule)
+        chain.insert(0, optax.clip_by_global_norm(options.clip_norm))
+    if options.freeze:  # first, so that what does not move does not count in the norm
+        chain.insert(0, optax.masked(optax.set_to_zero(), _for_names(lambda name: label(name) == "frozen")))
     if options.layer_decay != 1.0:
-        rule = optax.chain(rule, _scale_by(_layer_rates(options.layer_decay, boxed)))
-    if options.freeze:
-        labels = jax.tree.map(lambda name: "frozen" if _matches(options.freeze, name) else "trained", names)
-        unused = [pattern for pattern in options.freeze if not _any_match(pattern, names)]
-        if unused:
-            raise ZooError(f"optimizer.freeze: no parameter matches {unused[0]!r}")
-        rule = optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, labels)
-    return rule
+        chain.append(_scale_by(_layer_rates(options.layer_decay, boxed)))
+    return optax.chain(*chain)
 
 
 def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def _is_axes(leaf: Any) -> bool:
-    return isinstance(leaf, tuple) and all(axis is None or isinstance(axis, str) for axis in leaf)
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _names(boxed: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"),
-        nn.unbox(boxed),
-    )
+def _for_names(value: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """Parameters, or the part of them that optax shows to a rule → the tree of each one's value, by its name."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: value(_name(path)), params)
 
 
-def _axes(boxed: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: tuple(leaf.names) if _is_boxed(leaf) else (None,) * leaf.ndim, boxed, is_leaf=_is_boxed
-    )
+def _axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of every parameter, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_boxed)
+    return {_name(path): tuple(leaf.names) if _is_boxed(leaf) else (None,) * leaf.ndim for path, leaf in leaves}
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _any_match(pattern: str, names: Any) -> bool:
-    return any(re.search(pattern, name) for name in jax.tree.leaves(names))
 
 
 def _muon_axes(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
@@ -124,30 +120,26 @@ def _muon_axes(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(reduction_axis=tuple(inner[:-1]), output_axis=(inner[-1],))
 
 
-def _layer_rates(decay: float, boxed: Any) -> Any:
-    """Multiplier of each parameter's update, shaped to broadcast along its stacked layers."""
-    names, axes, shapes = _names(boxed), _axes(boxed), nn.unbox(boxed)
-    depth = max(
-        (
-            shape.shape[axis.index("layers")]
-            for axis, shape in zip(jax.tree.leaves(axes, is_leaf=_is_axes), jax.tree.leaves(shapes), strict=True)
-            if "layers" in axis
-        ),
-        default=0,
+def _layer_rates(decay: float, boxed: Any) -> dict[str, jax.Array]:
+    """Multiplier of each parameter's update, by name, shaped to broadcast along its stacked layers."""
+    axes, shapes = (
+        _axes(boxed),
+        {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))},
     )
+    stacked = {name: shapes[name][axis.index("layers")] for name, axis in axes.items() if "layers" in axis}
+    depth = max(stacked.values(), default=0)
 
-    def rate(name: str, axis: tuple[str | None, ...], leaf: Any) -> jax.Array:
-        if "layers" in axis:
-            where = axis.index("layers")
-            layer = jnp.arange(1.0, leaf.shape[where] + 1.0)
-            return (decay ** (depth + 1 - layer)).reshape([-1 if index == where else 1 for index in range(leaf.ndim)])
-        return jnp.asarray(decay ** (depth + 1) if "/embed" in f"/{name}" else 1.0)
+    def rate(name: str) -> jax.Array:
+        if name not in stacked:
+            return jnp.asarray(decay ** (depth + 1) if "/embed" in f"/{name}" else 1.0)
+        layer = jnp.arange(1.0, stacked[name] + 1.0)
+        return (decay ** (depth + 1 - layer)).reshape([-1 if axis == "layers" else 1 for axis in axes[name]])
 
-    return jax.tree.map(rate, names, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, str))
+    return {name: rate(name) for name in axes}
 
 
-def _scale_by(rates: Any) -> optax.GradientTransformation:
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return jax.tree.map(lambda change, rate: change * rate, updates, rates), state
+def _scale_by(rates: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+    def scale(path: Any, change: jax.Array) -> jax.Array:
+        return change * rates[_name(path)]
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))

@@ -104,14 +104,18 @@ class Program:
         params = meshes.parameter_shardings(self.boxed, rules, self.mesh)
         others = {name: value for name, value in variables.items() if name != "params"}
         optimizer = jax.eval_shape(self._rule.init, nn.unbox(self.boxed))
+        of_parameter = dict(jax.tree_util.tree_leaves_with_path(params))
+
+        def moment(path: Any, _: Any) -> NamedSharding:
+            # Moments lie where their parameters lie, and have paths that end alike; counters are whole.
+            ends = (path[start:] for start in range(len(path)))
+            return next((of_parameter[end] for end in ends if end in of_parameter), whole)
+
         return State(
             step=whole,
             params=params,
             collections=meshes.parameter_shardings(others, rules, self.mesh),
-            # Moments lie where their parameters lie; counters are whole.
-            optimizer=optax.tree_utils.tree_map_params(
-                self._rule, lambda _, sharding: sharding, optimizer, params, transform_non_params=lambda _: whole
-            ),
+            optimizer=jax.tree_util.tree_map_with_path(moment, optimizer),
             ema=params if self.config.train.ema else None,
         )
 
@@ -126,7 +130,7 @@ class Program:
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
         metrics = {
             **metrics,
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(self._rate(state.step), jnp.float32),
         }
         return State(state.step + 1, params, collections, optimizer, ema), metrics
