@@ -28,7 +28,10 @@ def start_devices(devices: Devices) -> None:
     if devices.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if devices.cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", devices.cpu_devices)
+        try:
+            jax.config.update("jax_num_cpu_devices", devices.cpu_devices)
+        except RuntimeError as error:
+            raise ZooError(f"devices.cpu_devices {devices.cpu_devices}: JAX has already started with others") from error
     if devices.coordinator == "auto":
         jax.distributed.initialize()
     elif devices.coordinator:
@@ -38,10 +41,6 @@ def start_devices(devices: Devices) -> None:
     found = jax.default_backend()
     if devices.platform not in ("auto", found):
         raise ZooError(f"devices.platform is {devices.platform} but JAX found only {found}; is the driver installed?")
-    if devices.cpu_devices > 1 and found == "cpu" and jax.local_device_count() != devices.cpu_devices:
-        raise ZooError(
-            f"devices.cpu_devices is {devices.cpu_devices} but JAX had already started with {jax.local_device_count()}"
-        )
 
 
 def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
