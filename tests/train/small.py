@@ -29,7 +29,11 @@ from zoo.train.config import Config, Data, Devices, Optimizer, Train
 def config():
     return Config(
         name="small",
-        task=MaskedPatch(model="labram_tiny", options={{"depth": 2, "per_patch_norm": True}}, pooled_width=32),
+        task=MaskedPatch(
+            model="labram_tiny",
+            options={{"depth": 2, "per_patch_norm": True, "drop_path": 0.1}},
+            pooled_width=32,
+        ),
         data=Data(prepared=Path("prepared"), batch_size=16, mask_patch=200, mask_ratio=0.5),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=2),
         train=Train(steps={STEPS}, checkpoint_every={CHECKPOINT_EVERY}, validate_every=10, validate_batches=1),
