@@ -6,8 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
 from zoo.data.fetch import fetch
+
+# Shapes and dtypes in signatures are checked in tests, and only there. Before the modules are first imported.
+install_import_hook(["zoo.encoders", "zoo.objectives"], "beartype.beartype")
 
 # Before anything uses JAX: tests of sharding want several devices, and the CPU can pretend to be them.
 jax.config.update("jax_num_cpu_devices", 8)

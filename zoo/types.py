@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+"""What a user may pass in."""
 Batch = dict[str, Any]
 """One batch: see `zoo.data.loader` for its keys."""
 Variables = Mapping[str, Any]

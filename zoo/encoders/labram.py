@@ -25,11 +25,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from zoo.errors import ZooError
 from zoo.registry import Card, register
 from zoo.sensors import KINDS, LABRAM_NAMES
-from zoo.types import Array, Encoded, Sensors
+from zoo.types import AnyArray, Array, Encoded, Sensors
 
 ROWS = 129
 """Rows of the electrode table: row 0 is CLS, row 1 + i the i-th of LaBraM's names; the last 8 of its 136 do not fit."""
@@ -40,7 +41,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-_TABLE_INIT = nn.initializers.truncated_normal(0.02)
+_WEIGHT_INIT = nn.initializers.truncated_normal(0.02)
 
 
 def _partitioned(init: Any, *names: str | None) -> Any:
@@ -57,7 +58,7 @@ class GroupNorm(nn.Module):
     per_patch: bool
 
     @nn.compact
-    def __call__(self, x: Array, valid: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N S F"], valid: Bool[Array, "B N"]) -> Float[Array, "B N S F"]:
         features = x.shape[-1]
         scale = self.param("scale", _partitioned(nn.initializers.ones, None), (features,))
         bias = self.param("bias", _partitioned(nn.initializers.zeros, None), (features,))
@@ -81,7 +82,7 @@ class TemporalConv(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, patches: Array, valid: Array) -> Array:
+    def __call__(self, patches: Float[Array, "B N P"], valid: Bool[Array, "B N"]) -> Float[Array, "B N D"]:
         x = patches[..., None]
         for layer, (width, stride) in enumerate(((15, 8), (3, 1), (3, 1)), start=1):
             x = nn.Conv(
@@ -89,7 +90,7 @@ class TemporalConv(nn.Module):
                 (width,),
                 strides=(stride,),
                 padding=[(width // 2, width // 2)],
-                kernel_init=_partitioned(_TABLE_INIT, None, None, None),
+                kernel_init=_partitioned(_WEIGHT_INIT, None, None, None),
                 bias_init=_partitioned(nn.initializers.zeros, None),
                 dtype=self.dtype,
                 name=f"conv{layer}",
@@ -108,7 +109,7 @@ class Attention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, valid: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B N D"]:
         dim = x.shape[-1]
         width = dim // self.heads
 
@@ -117,7 +118,7 @@ class Attention(nn.Module):
                 (dim, self.heads, width),
                 "bnd,dhk->bnhk",
                 use_bias=bias,
-                kernel_init=_partitioned(_TABLE_INIT, "embed", "heads", "head_width"),
+                kernel_init=_partitioned(_WEIGHT_INIT, "embed", "heads", "head_width"),
                 bias_init=_partitioned(nn.initializers.zeros, "heads", "head_width"),
                 dtype=self.dtype,
                 name=name,
@@ -151,7 +152,9 @@ class Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, valid: Array, layer: tuple[Array, Array]) -> tuple[Array, None]:
+    def __call__(
+        self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"], layer: tuple[Float[Array, ""], Float[Array, ""]]
+    ) -> tuple[Float[Array, "B N D"], None]:
         index, drop = layer
         depth_scale = jax.lax.rsqrt(2.0 * index)
         dim = x.shape[-1]
@@ -170,7 +173,7 @@ class Block(nn.Module):
         x = x + residual("attention_scale", attention(_layer_norm("attention_norm", self.dtype)(x), valid))
         hidden = nn.Dense(
             dim * self.mlp_ratio,
-            kernel_init=_partitioned(_TABLE_INIT, "embed", "mlp"),
+            kernel_init=_partitioned(_WEIGHT_INIT, "embed", "mlp"),
             bias_init=_partitioned(nn.initializers.zeros, "mlp"),
             dtype=self.dtype,
             name="mlp_in",
@@ -193,6 +196,8 @@ class LaBraM(nn.Module):
     layer_scale          initial value of the learned residual scales; 0 leaves them out
     drop_path            stochastic-depth rate of the last layer; layer l of L has rate · (l−1)/(L−1)
     max_patches          rows of the time table, so the longest input in patches a channel
+    table_std            initial spread of electrode, time, mask and CLS embeddings. The published 0.02 is a thirtieth
+                         of the patch embeddings they are added to: short trainings never learn which electrode is which
     remat                "none", "full" (recompute all) or "dots" (keep matmul outputs)
     dtype                compute dtype; parameters, statistics and softmax stay float32
     """
@@ -208,13 +213,21 @@ class LaBraM(nn.Module):
     layer_scale: float = 0.1
     drop_path: float = 0.0
     max_patches: int = 16
+    table_std: float = 0.02
     cls_position: str = "row"
     per_patch_norm: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, signal: Array, sensors: Sensors, *, mask: Array | None = None, train: bool = False) -> Encoded:
+    def __call__(
+        self,
+        signal: Float[AnyArray, "B C T"],
+        sensors: Sensors,
+        *,
+        mask: Bool[AnyArray, "B _ _"] | None = None,
+        train: bool = False,
+    ) -> Encoded:
         """signal [B, C, T] (µV/100, 200 Hz) → Encoded, N = C·A tokens, channel-major (all patches of channel 0 first).
 
         mask [B, C, A] bool: True where the mask token stands in for the patch. tokens carry the final norm; pooled is
@@ -231,13 +244,14 @@ class LaBraM(nn.Module):
 
         embed = TemporalConv(self.conv_features, self.per_patch_norm, self.dtype, name="embed_patch")
         x = nn.with_logical_constraint(embed(patches, valid), ("batch", "tokens", None))
+        table_init = nn.initializers.truncated_normal(self.table_std)
         if mask is not None:
-            token = self.param("embed_mask", _partitioned(_TABLE_INIT, "embed"), (self.dim,)).astype(x.dtype)
+            token = self.param("embed_mask", _partitioned(table_init, "embed"), (self.dim,)).astype(x.dtype)
             x = jnp.where(mask.reshape(batch, -1, 1), token, x)
 
-        electrode = self.param("embed_electrode", _partitioned(_TABLE_INIT, None, "embed"), (ROWS, self.dim))
-        time = self.param("embed_time", _partitioned(_TABLE_INIT, None, "embed"), (self.max_patches, self.dim))
-        cls = self.param("embed_cls", _partitioned(_TABLE_INIT, "embed"), (self.dim,))
+        electrode = self.param("embed_electrode", _partitioned(table_init, None, "embed"), (ROWS, self.dim))
+        time = self.param("embed_time", _partitioned(table_init, None, "embed"), (self.max_patches, self.dim))
+        cls = self.param("embed_cls", _partitioned(table_init, "embed"), (self.dim,))
         # Made whole before rows are taken of it: from a split table XLA would copy the batch to every device.
         electrode = nn.with_logical_constraint(electrode, (None, None))
         rows = electrode_rows(sensors)
@@ -324,7 +338,7 @@ class LaBraM(nn.Module):
         if not 0 <= self.drop_path < 1:
             raise ZooError(f"LaBraM drop_path must be in [0, 1), got {self.drop_path}")
 
-    def _check_shapes(self, signal: Array, sensors: Sensors, mask: Array | None) -> None:
+    def _check_shapes(self, signal: AnyArray, sensors: Sensors, mask: AnyArray | None) -> None:
         batch, channels, samples = signal.shape
         if samples % self.patch or not 0 < samples // self.patch <= self.max_patches:
             raise ZooError(
@@ -336,7 +350,7 @@ class LaBraM(nn.Module):
             raise ZooError(f"LaBraM wants a mask of shape {(batch, channels, samples // self.patch)}, got {mask.shape}")
 
 
-def electrode_rows(sensors: Sensors) -> Array:
+def electrode_rows(sensors: Sensors) -> Int[Array, "B C"]:
     """Row of the electrode table for each channel [B, C] int32; 0 where the table has none.
 
     `zoo.sensors.NAMES` begins with LaBraM's names in LaBraM's order.
@@ -357,7 +371,7 @@ def _layer_norm(name: str, dtype: DTypeLike, axis: str = "embed") -> nn.LayerNor
 
 def _scaled(depth_scale: Array) -> Any:
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return _TABLE_INIT(key, shape, dtype) * depth_scale
+        return _WEIGHT_INIT(key, shape, dtype) * depth_scale
 
     return init
 

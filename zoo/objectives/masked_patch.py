@@ -20,10 +20,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from zoo.errors import ZooError
 from zoo.registry import create
-from zoo.types import Array, Batch, Encoded, Sensors, Variables
+from zoo.types import AnyArray, Array, Batch, Encoded, Sensors, Variables
 
 HEAD_RADIUS = 0.095
 """Metres; brings sensor positions to about one."""
@@ -72,16 +73,17 @@ class MaskedPatch:
     def loss(
         self, variables: Variables, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Mapping[str, Array], Variables]:
-        """Mean over masked patches of the weighted errors; metrics: the parts, R² of the waveform, and the weight."""
+        """Weighted errors, mean over the masked patches of valid channels; metrics: parts, waveform R², weight."""
         prediction: Any = self.module().apply(
             variables, batch["signal"], batch["sensors"], _mask(batch), train=train, rngs={"dropout": key}
         )
-        target, amplitude = targets(batch["signal"], self.patch)
-        masked = _mask(batch).reshape(target.shape[:2])
-        weight = masked.sum()
+        valid = batch["sensors"].valid[:, :, None]
+        target, amplitude = targets(jnp.where(valid, batch["signal"], 0), self.patch)
+        counted = (_mask(batch) & valid).reshape(target.shape[:2])
+        weight = counted.sum()
 
         def mean(error: Array) -> Array:
-            return jnp.sum(error.mean(-1) * masked) / jnp.maximum(weight, 1)
+            return jnp.sum(error.mean(-1), where=counted) / jnp.maximum(weight, 1)
 
         metrics = {
             "waveform": mean(huber(prediction["waveform"] - target)),
@@ -129,7 +131,9 @@ class MaskedPatchModel(nn.Module):
     pooled_width: int
 
     @nn.compact
-    def __call__(self, signal: Array, sensors: Sensors, mask: Array, *, train: bool = False) -> dict[str, Array]:
+    def __call__(
+        self, signal: Float[AnyArray, "B C T"], sensors: Sensors, mask: Bool[AnyArray, "B _ _"], *, train: bool = False
+    ) -> dict[str, Float[Array, "B N _"]]:
         encoded: Encoded = self.encoder(signal, sensors, mask=mask, train=train)
         tokens = encoded.tokens.astype(jnp.float32)
         predictions = {
@@ -149,16 +153,16 @@ class MaskedPatchModel(nn.Module):
         return _dense(outputs, ("embed", None), name)
 
 
-def targets(signal: Array, patch: int) -> tuple[Array, Array]:
+def targets(signal: Float[AnyArray, "B C T"], patch: int) -> tuple[Float[Array, "B N P"], Float[Array, "B N F"]]:
     """Patches [B, N, P] of signal [B, C, T] and the logarithm of their amplitude spectra [B, N, P/2+1], float32."""
     if signal.shape[-1] % patch:
         raise ZooError(f"a window of {signal.shape[-1]} samples is not made of patches of {patch} samples")
-    patches = signal.astype(jnp.float32).reshape(signal.shape[0], -1, patch)
+    patches = jnp.asarray(signal, jnp.float32).reshape(signal.shape[0], -1, patch)
     amplitude = jnp.abs(jnp.fft.rfft(patches, norm="ortho"))
     return patches, jnp.log(amplitude + AMPLITUDE_FLOOR)
 
 
-def huber(error: Array) -> Array:
+def huber(error: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """½e² below one, |e| − ½ above: artefacts pull no harder than their size."""
     size = jnp.abs(error)
     return jnp.where(size < 1.0, 0.5 * jnp.square(error), size - 0.5)
@@ -167,10 +171,10 @@ def huber(error: Array) -> Array:
 def _mask(batch: Batch) -> Array:
     if "mask" not in batch:
         raise ZooError("masked-patch regression needs masked batches: set data.mask_patch and data.mask_ratio")
-    return batch["mask"]
+    return jnp.asarray(batch["mask"])
 
 
-def _where(sensors: Sensors, patches: int) -> Array:
+def _where(sensors: Sensors, patches: int) -> Float[Array, "B N 4"]:
     """Position and patch index of every token [B, N, 4], each about one in size; unknown positions are zero."""
     position = jnp.nan_to_num(sensors.position) / HEAD_RADIUS
     batch, channels = position.shape[:2]
