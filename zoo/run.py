@@ -57,14 +57,11 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     loader = _loader(config, dataset, "train", place.rows)
     validation = _loader(config, dataset, "validation", place.rows) if config.train.validate_every else None
 
+    program = Program(config, config.task, mesh, place.abstract(next(loader.at(0))))
     checkpoints = Checkpoints(config.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = checkpoints.latest
     if latest is not None and not config.train.resume:
         raise ZooError(f"{config.folder} already holds a run at step {latest}; take another --name, or remove it")
-    if main:
-        _record(config, file, overrides)
-
-    program = Program(config, config.task, mesh, place.abstract(next(loader.at(0))))
     compiled = program.compile()
     if main:
         print(f"{dataset.path}: {loader}")
@@ -78,6 +75,8 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
         if main:
             print(f"resuming from step {latest}")
 
+    if main:
+        _record(config, file, overrides)
     sinks = _sinks(config, latest or 0) if main else []
     try:
         state = fit(config, program, compiled, state, loader, validation, place, checkpoints, sinks)
@@ -102,7 +101,7 @@ def evaluate(folder: Path) -> None:
     program = Program(
         config, config.task, mesh, place.abstract(next(_loader(config, dataset, "train", place.rows).at(0)))
     )
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is None:
         raise ZooError(f"{folder}: the run has no finished checkpoint to evaluate")
     state = checkpoints.restore(checkpoints.latest, program.abstract())
@@ -125,7 +124,7 @@ def trained_parameters(folder: Path, step: int | None = None) -> tuple[Config, A
     from zoo.train.checkpoint import Checkpoints
 
     config = stored_config(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    checkpoints = Checkpoints(folder / "checkpoints")
     step = checkpoints.latest if step is None else step
     if step is None or step not in checkpoints.steps:
         raise ZooError(f"{folder}: no finished checkpoint of step {step}; there are {checkpoints.steps}")
@@ -135,10 +134,11 @@ def trained_parameters(folder: Path, step: int | None = None) -> tuple[Config, A
 
 
 def stored_config(folder: Path) -> Config:
-    """The configuration that the run in `folder` was started with."""
+    """The configuration that the run in `folder` was started with, wherever the folder is now."""
     if not (folder / "config.py").is_file():
         raise ZooError(f"{folder}: not a run's folder, it has no config.py")
-    return load_config(folder / "config.py", json.loads((folder / "overrides.json").read_text()))
+    config = load_config(folder / "config.py", json.loads((folder / "overrides.json").read_text()))
+    return dataclasses.replace(config, runs=folder.parent, name=folder.name)
 
 
 def open_data(config: Config) -> Dataset:

@@ -62,10 +62,8 @@ def test_parameters_that_stay_whole_on_a_sharded_mesh_are_too_many():
     whole = jax.tree.map(lambda _: jax.sharding.NamedSharding(program.mesh, jax.P()), program.shardings.params)
     params = nn.unbox(program.boxed)
     check_replication(params, program.shardings.params, program.mesh, limit=0.3)
-    with pytest.raises(
-        ZooError,
-        match=r"100% of parameter bytes would be whole on every device, mesh.max_replicated is 30%; the largest is blocks/kernel",
-    ):
+    cause = r"100% of parameter bytes would be whole on every device.* is 30%; the largest is blocks/kernel"
+    with pytest.raises(ZooError, match=cause):
         check_replication(params, whole, program.mesh, limit=0.3)
     check_replication(params, whole, device_mesh(data=8), limit=0.3)
 

@@ -57,11 +57,11 @@ class Toy:
 
 
 def toy_batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows with very different numbers of masked channels."""
+    """Rows with very different numbers of masked channels, and as records the numbers 100 · seed onward."""
     rng = np.random.default_rng(seed)
     signal = rng.normal(size=(BATCH, CHANNELS, SAMPLES)).astype(np.float32)
     masked = np.arange(CHANNELS) < rng.integers(0, CHANNELS + 1, (BATCH, 1))
-    return {"signal": signal, "mask": masked}
+    return {"signal": signal, "mask": masked, "record": np.arange(100 * seed, 100 * seed + BATCH, dtype=np.int32)}
 
 
 def device_mesh(**sizes: int) -> jax.sharding.Mesh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 
 import jax
 
+from zoo.data.store import write_json
 from zoo.errors import ZooError
+
+FILES = "files.json"
+"""In a finished checkpoint: its files and their sizes, so that a missing one is named before anything is read."""
 
 
 class Checkpoints:
     """The checkpoints in `folder`. Only finished ones count: Orbax writes to a temporary name and renames at the end.
 
-    A checkpoint is a `zoo.train.state.State`; its loss is the validation loss by which the best are kept.
+    A checkpoint is a `zoo.train.state.State`; its loss is the validation loss by which the best are kept. With
+    `keep_last` 0 they are only read: another process may be writing there, and nothing of its is removed.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
+    def __init__(self, folder: Path, keep_last: int = 0, keep_best: int = 0) -> None:
         from orbax.checkpoint import v1 as ocp
 
         self.folder = folder
@@ -37,8 +43,9 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep_last > 0,
         )
+        self._saving: int | None = None
 
     @property
     def latest(self) -> int | None:
@@ -56,15 +63,21 @@ class Checkpoints:
         if step in self.steps:
             return
         metrics = None if loss is None else {"loss": loss}
+        self.wait()
         with self._disk_errors():
-            self._checkpointer.wait()
             self._check_room(state)
             self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+        self._saving = step
 
     def wait(self) -> None:
         """Returns when every save has finished."""
         with self._disk_errors():
             self._checkpointer.wait()
+        if self._saving is not None and jax.process_index() == 0:
+            saved = self.folder / str(self._saving)
+            sizes = {str(file.relative_to(saved)): file.stat().st_size for file in saved.rglob("*") if file.is_file()}
+            write_json(saved / FILES, sizes)
+        self._saving = None
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of `step` laid out as `abstract`, whatever layout it was written from.
@@ -95,6 +108,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then lets go."""
+        self.wait()
         with self._disk_errors():
             self._checkpointer.close()
 
@@ -105,19 +119,35 @@ class Checkpoints:
             raise self._damaged(step, error) from error
 
     def _metadata(self, step: int) -> Any:
+        self._check_files(step)
         try:
-            return self._checkpointer.metadata(step).metadata
+            found = self._checkpointer.metadata(step).metadata
         except Exception as error:
             raise self._damaged(step, error) from error
+        if found is None:
+            raise self._damaged(step, ValueError("its arrays are not described"))
+        return found
+
+    def _check_files(self, step: int) -> None:
+        folder = self.folder / str(step)
+        if not (folder / FILES).is_file():  # the process ended between the checkpoint and its list
+            return
+        for name, size in json.loads((folder / FILES).read_text()).items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != size:
+                found = f"has {file.stat().st_size} bytes, wanted {size}" if file.is_file() else "is missing"
+                raise ZooError(f"{file}: this file of the checkpoint {found}; {self._instead(step)}")
 
     def _damaged(self, step: int, error: Exception) -> ZooError:
-        earlier = [each for each in self.steps if each < step]
         said = next(iter(str(error).strip().splitlines()), "")[:200]
         return ZooError(
-            f"{self.folder / str(step)}: cannot read this checkpoint, a file of it is missing or damaged "
-            f"({type(error).__name__}: {said}); remove the folder to go on from "
-            f"{f'step {earlier[-1]}' if earlier else 'the start'}"
+            f"{self.folder / str(step)}: cannot read this checkpoint ({type(error).__name__}: {said}); "
+            f"{self._instead(step)}"
         )
+
+    def _instead(self, step: int) -> str:
+        earlier = [each for each in self.steps if each < step]
+        return f"remove its folder to go on from {f'step {earlier[-1]}' if earlier else 'the start'}"
 
     def _check_tree(self, step: int, abstract: Any) -> None:
         """Compares names and shapes before any array is read, so that a changed model is named as such."""

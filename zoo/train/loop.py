@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,18 +76,22 @@ class _Run:
 
     def fit(self, state: State) -> State:
         first = int(state.step)
+        left = self.options.steps - first
+        if self.options.profile and left < PROFILED_STEPS.stop:
+            raise ZooError(f"train.profile needs {PROFILED_STEPS.stop} steps, the run has {left} left")
         batches = self.loader.at(first)
         pending: Pending | None = None
         self.clock = time.perf_counter()
         # Anything that slipped onto or off the device unasked would stall it: make it an error.
         with StopSignal() as stop, jax.transfer_guard("disallow"):
             for step in range(first + 1, self.options.steps + 1):
-                with self._trace(step - first):
-                    started = time.perf_counter()
-                    batch = next(batches)
-                    waited = time.perf_counter() - started
-                    records = batch["record"]
-                    state, metrics = self.train_step(state, self.place(batch))
+                if self.options.profile:
+                    self._trace(step - first)
+                started = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - started
+                records = batch["record"]
+                state, metrics = self.train_step(state, self.place(batch))
                 if pending is not None:
                     self._report(pending, None)
                 pending = Pending(step, metrics, records, waited)
@@ -115,11 +118,13 @@ class _Run:
 
     def _report(self, pending: Pending, validation_loss: float | None) -> None:
         figures = {name: float(value) for name, value in jax.device_get(dict(pending.metrics)).items()}
-        if not np.isfinite(figures["loss"]):
+        for name in ("loss", "gradient_norm"):
+            if np.isfinite(figures[name]):
+                continue
             self.checkpoints.wait()
             good = self.checkpoints.latest
             raise ZooError(
-                f"the loss of step {pending.step} is {figures['loss']}; its records were "
+                f"the {name} of step {pending.step} is {figures[name]}; its records were "
                 f"{pending.records.tolist()}; last good checkpoint: {'none' if good is None else f'step {good}'}"
             )
         now = time.perf_counter()
@@ -138,12 +143,10 @@ class _Run:
         for sink in self.sinks:
             sink.write(pending.step, figures)
 
-    @contextlib.contextmanager
-    def _trace(self, step: int) -> Iterator[None]:
-        if self.options.profile and step == PROFILED_STEPS.start:
+    def _trace(self, step: int) -> None:
+        if step == PROFILED_STEPS.start:
             jax.profiler.start_trace(str(self.folder / "profile"))
-        yield
-        if self.options.profile and step == PROFILED_STEPS.stop:
+        elif step == PROFILED_STEPS.stop:
             jax.profiler.stop_trace()
 
 
