@@ -46,10 +46,12 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     from zoo.train.checkpoint import Checkpoints
     from zoo.train.loop import fit
     from zoo.train.mesh import BatchPlacer, make_mesh
+    from zoo.train.metrics import check_packages
     from zoo.train.plan import report
     from zoo.train.start import begin_from
     from zoo.train.state import Program
 
+    check_packages(config.train)
     main = jax.process_index() == 0
     mesh = make_mesh(config.mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
@@ -299,11 +301,12 @@ def _loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int]) ->
 def _sinks(config: Config, step: int) -> list[Any]:
     from zoo.train.metrics import JsonLines, Screen, TensorBoard, WeightsAndBiases
 
-    sinks: list[Any] = [JsonLines(config.folder / "metrics.jsonl", step)]
+    sinks: list[Any] = []
     if config.train.tensorboard:
         sinks.append(TensorBoard(config.folder / "tensorboard", step))
     if config.train.wandb:
         sinks.append(WeightsAndBiases(config, _plain(config)))
+    sinks.append(JsonLines(config.folder / "metrics.jsonl", step))
     return [*sinks, Screen(step, config.train.steps, config.train.log_every)]
 
 

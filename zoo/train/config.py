@@ -229,8 +229,13 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if not file.is_file():
         raise ZooError(f"{file}: no such configuration file")
-    build = runpy.run_path(str(file)).get("config")
+    try:
+        build = runpy.run_path(str(file)).get("config")
+    except SyntaxError as error:
+        raise ZooError(f"{file}: line {error.lineno}: {error.msg}") from error
     if build is None:
         raise ZooError(f"{file}: defines no function config() -> Config")
     config = build()
+    if not isinstance(config, Config):
+        raise ZooError(f"{file}: config() gives {type(config).__name__}, wanted a Config")
     return parse(type(config), overrides, prog="zoo train", default=config)

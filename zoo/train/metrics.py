@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 from zoo.data.store import disk_errors, write_file
 from zoo.errors import ZooError
-from zoo.train.config import Config
+from zoo.train.config import Config, Train
 
 
 class Sink(Protocol):
@@ -46,14 +47,22 @@ class JsonLines:
             self._out.close()
 
 
+def check_packages(options: Train) -> None:
+    """Raises ZooError when a package that a chosen sink needs is not installed."""
+    for chosen, extra, package in (
+        (options.tensorboard, "tensorboard", "tensorboardX"),
+        (options.wandb, "wandb", "wandb"),
+    ):
+        if chosen and importlib.util.find_spec(package) is None:
+            raise ZooError(f"train.{extra} needs the package {package}: pip install 'brain-zoo[{extra}]'")
+
+
 class TensorBoard:
     """Event files in the run's folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ZooError("train.tensorboard needs: pip install 'brain-zoo[tensorboard]'") from error
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -68,10 +77,8 @@ class WeightsAndBiases:
     """One W&B run, resumed under the run's name."""
 
     def __init__(self, config: Config, plain: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ZooError("train.wandb needs: pip install 'brain-zoo[wandb]'") from error
+        import wandb
+
         self._run = wandb.init(
             project="brain-zoo",
             name=config.name,
