@@ -40,18 +40,22 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, default: T | No
 
 
 def option_names(value: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted option of a dataclass or instance of one, booleans also with their `no-` form."""
-    for each in dataclasses.fields(value):
-        name = prefix + each.name.replace("_", "-")
-        inner = each.default if isinstance(value, type) else getattr(value, each.name)
-        if dataclasses.is_dataclass(inner):
-            yield from option_names(inner, f"{name}.")
-        elif isinstance(inner, Mapping):
-            yield from (f"{name}.{key}" for key in inner)
+    """Every dotted option of a dataclass, instance of one, or mapping; booleans also with their `no-` form."""
+    if isinstance(value, Mapping):
+        inner = dict(value)
+    else:
+        of_type = isinstance(value, type)
+        inner = {
+            each.name: each.default if of_type else getattr(value, each.name) for each in dataclasses.fields(value)
+        }
+    for key, each in inner.items():
+        name = key.replace("_", "-")
+        if dataclasses.is_dataclass(each) or isinstance(each, Mapping):
+            yield from option_names(each, f"{prefix}{name}.")
         else:
-            yield name
-            if isinstance(inner, bool):
-                yield f"{prefix}no-{each.name.replace('_', '-')}"
+            yield prefix + name
+            if isinstance(each, bool):
+                yield f"{prefix}no-{name}"
 
 
 def _first_sentence(box: str) -> str:

@@ -6,7 +6,8 @@ A configuration file defines `config() -> Config`. Every field is a command-line
 
 from __future__ import annotations
 
-import runpy
+import sys
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,10 +230,15 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if not file.is_file():
         raise ZooError(f"{file}: no such configuration file")
+    # A module of its own, known to Python by its path: tyro reads the help of a task that is defined in it.
+    module = types.ModuleType(str(file.resolve()))
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
     try:
-        build = runpy.run_path(str(file)).get("config")
+        exec(compile(file.read_text(), str(file), "exec"), module.__dict__)
     except SyntaxError as error:
         raise ZooError(f"{file}: line {error.lineno}: {error.msg}") from error
+    build = getattr(module, "config", None)
     if build is None:
         raise ZooError(f"{file}: defines no function config() -> Config")
     config = build()
