@@ -1,0 +1,64 @@
+"""The list of models: what is registered fits its card, and a run gives its encoder back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import zoo
+from zoo.errors import ZooError
+from zoo.registry import entry, parameter_count, register
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_every_variant_takes_its_example_and_has_the_parameters_of_its_card(name):
+    card = entry(name).card
+    encoder = zoo.create(name)
+    signal, sensors = encoder.example()
+    variables = jax.eval_shape(encoder.init, jax.random.key(0), signal, sensors)
+    encoded = jax.eval_shape(encoder.apply, variables, signal, sensors)
+    batch, tokens, features = encoded.tokens.shape
+    assert encoded.pooled.shape == (batch, features)
+    assert encoded.valid.shape == (batch, tokens)
+    assert batch == signal.shape[0]
+    if card.parameters:
+        assert parameter_count(encoder) == card.parameters
+    assert all((card.title, card.paper, card.code, card.licence, card.inputs, card.evidence))
+
+
+def test_listing_by_pattern():
+    assert zoo.list_models("labram_b") == ["labram_base"]
+    assert zoo.list_models() == sorted(zoo.list_models())
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("labram_hug", "labram_huge"), ("LaBraM-base", "labram_base"), ("x", "labram")]
+)
+def test_an_unknown_model_gets_the_nearest(name, near):
+    with pytest.raises(ZooError, match=rf"no model is called '{name}'; the nearest name is '{near}"):
+        zoo.create(name)
+
+
+def test_an_unknown_option_gets_the_nearest():
+    with pytest.raises(ZooError, match=r"labram_tiny has no option 'dept'; the nearest is 'depth'"):
+        zoo.create("labram_tiny", dept=3)
+
+
+def test_options_replace_those_of_the_variant():
+    assert zoo.create("labram_tiny", depth=1).depth == 1
+    assert zoo.create("labram_tiny").depth != 1
+
+
+def test_a_name_is_registered_once():
+    found = entry("labram_tiny")
+    with pytest.raises(ValueError, match="'labram_tiny' is registered twice"):
+        register("labram_tiny", found.constructor, found.options, found.card)
+
+
+def test_importing_zoo_does_not_import_jax():
+    code = "import sys, zoo; print('jax' in sys.modules, len(zoo.list_models()) > 0, 'jax' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "False True True\n"
