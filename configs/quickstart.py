@@ -12,7 +12,7 @@ def config() -> Config:
     """The run."""
     return Config(
         name="quickstart",
-        task=MaskedPatch(model="labram_tiny", options={"depth": 2, "per_patch_norm": True}),
+        task=MaskedPatch(model="labram_tiny", options={"depth": 2, "layer_scale": 1.0, "table_std": 0.6}),
         data=Data(
             source="faces_eeg",
             prepared=Path("prepared/faces_eeg"),
@@ -21,16 +21,17 @@ def config() -> Config:
             batch_size=32,
             mask_patch=200,
             mask_ratio=0.5,
+            channels=32,
         ),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50),
-        train=Train(steps=400, validate_every=100, checkpoint_every=100),
+        optimizer=Optimizer(name="muon", learning_rate=1e-2, warmup_steps=80, final_fraction=0.05),
+        train=Train(steps=800, validate_every=100, validate_batches=8, checkpoint_every=200),
         probe=Probe(
             classes={
                 "checker": ("checker-left", "checker-right"),
                 "face": ("face-upright", "face-inverted"),
                 "house": ("house-upright", "house-inverted"),
             },
-            tmin=-0.1,
-            tmax=0.9,
+            tmin=-0.2,
+            tmax=0.8,
         ),
     )

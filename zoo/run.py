@@ -56,8 +56,12 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     mesh = make_mesh(config.mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     dataset = open_data(config)
-    loader = _loader(config, dataset, "train", place.rows)
-    validation = _loader(config, dataset, "validation", place.rows) if config.train.validate_every else None
+    loader = _loader(config, dataset, "train", place.rows, config.data.channels)
+    validation = (
+        _loader(config, dataset, "validation", place.rows, config.data.channels)
+        if config.train.validate_every
+        else None
+    )
 
     program = Program(config, config.task, mesh, place.abstract(next(loader.at(0))))
     checkpoints = Checkpoints(config.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
@@ -101,7 +105,10 @@ def evaluate(folder: Path) -> None:
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     dataset = open_data(config)
     program = Program(
-        config, config.task, mesh, place.abstract(next(_loader(config, dataset, "train", place.rows).at(0)))
+        config,
+        config.task,
+        mesh,
+        place.abstract(next(_loader(config, dataset, "train", place.rows, config.data.channels).at(0))),
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is None:
@@ -278,7 +285,7 @@ def _start(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int]) -> Any:
+def _loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int], channels: int) -> Any:
     from zoo.data.loader import Loader
 
     data = config.data
@@ -292,6 +299,7 @@ def _loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int]) ->
         seed=config.seed,
         mask_patch=data.mask_patch,
         mask_ratio=data.mask_ratio,
+        channels=channels,
         rows=rows,
         threads=data.threads,
         prefetch=data.prefetch,
@@ -361,7 +369,7 @@ def _plot_reconstruction(
     if rebuild is None or "mask" not in program.batch:
         return
     part = "validation" if "validation" in dataset.splits and len(dataset.splits["validation"]) else "train"
-    host = next(_loader(config, dataset, part, place.rows).at(0))
+    host = next(_loader(config, dataset, part, place.rows, channels=0).at(0))
     with jax.set_mesh(program.mesh), program.context():
         compute = jax.jit(
             lambda variables, batch: (rebuild(variables, batch)[0], batch["signal"][0], batch["mask"][0]),

@@ -65,6 +65,24 @@ def test_masks_are_exact_and_only_on_valid_channels(dataset: Dataset) -> None:
     assert counts == {4, 5, 6}
 
 
+def test_drawn_channels_are_valid_ones_with_their_own_signal_sensors_and_mask(dataset: Dataset) -> None:
+    drawn = set()
+    for batch in islice(make(dataset, channels=3).at(0), 20):
+        assert batch["signal"].shape == (8, 3, 100)
+        assert batch["sensors"].valid.all()
+        np.testing.assert_array_equal(batch["mask"].sum((1, 2)), np.full(8, round(0.4 * 3 * 4)))
+        for row, (record, start) in enumerate(zip(batch["record"], batch["start"], strict=True)):
+            whole = dataset.read(dataset.recording[record], start, start + 100)
+            sensors = dataset.sensors(dataset.recording[record])
+            for signal, name in zip(batch["signal"][row], batch["sensors"].name[row], strict=True):
+                places = [i for i in np.flatnonzero(sensors["name"] == name) if np.array_equal(whole[i], signal)]
+                assert len(places) == 1
+                assert sensors["valid"][places[0]]
+                drawn.add((int(dataset.recording[record]), int(places[0])))
+    every = {(i, int(c)) for i in range(len(dataset.recordings)) for c in np.flatnonzero(dataset.sensors(i)["valid"])}
+    assert drawn == every
+
+
 def test_every_epoch_takes_each_record_as_often_as_windows_fit(dataset: Dataset) -> None:
     loader = make(dataset, batch_size=1, mask_patch=0)
     assert loader.n_examples == loader.epoch_steps == int((dataset.length // 100).sum())

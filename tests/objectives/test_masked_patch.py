@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,11 +14,11 @@ import pytest
 from electrodes import electrodes
 
 from zoo.errors import ZooError
-from zoo.objectives.masked_patch import AMPLITUDE_FLOOR, MaskedPatch, huber
+from zoo.objectives.masked_patch import AMPLITUDE_FLOOR, MaskedPatch, huber, standardised
 
 NAMES = ("F3", "FZ", "F4", "P3", "PZ", "P4")
 PATCHES = 3
-TASK = MaskedPatch(options={"depth": 1, "per_patch_norm": True}, pooled_width=16)
+TASK = MaskedPatch(options={"depth": 1, "per_patch_norm": True}, pooled_rank=16)
 
 
 def random_mask(rng: np.random.Generator, batch: int, ratio: float) -> np.ndarray:
@@ -50,43 +51,81 @@ def variables() -> Any:
     return initial(TASK, make_batch())
 
 
-def test_loss_is_a_plain_mean_over_masked_patches(variables: Any) -> None:
+def test_loss_is_plain_means_over_patches(variables: Any) -> None:
     batch = make_batch()
+    batch["mask"] = random_mask(np.random.default_rng(5), 4, 0.5)
+    batch["mask"][0, :3] = False  # examples that hide unequal numbers of patches
+    batch["sensors"] = batch["sensors"].replace(valid=np.array(batch["sensors"].valid))
+    batch["sensors"].valid[1, 2] = False
+    batch["signal"][1, 2] = np.nan
     value, metrics, collections = evaluate(variables, batch)
     predicted = jax.jit(TASK.module().apply)(variables, batch["signal"], batch["sensors"], batch["mask"])
 
-    errors: dict[str, list[float]] = {name: [] for name in predicted}
-    squares, energy = [], []
-    for example, channel, patch in np.argwhere(batch["mask"]):
-        samples = batch["signal"][example, channel, 200 * patch : 200 * (patch + 1)].astype(float)
-        amplitude = np.abs(np.fft.rfft(samples)) / np.sqrt(200)
-        for name in predicted:
-            target = samples if name.endswith("waveform") else np.log(amplitude + AMPLITUDE_FLOOR)
-            size = np.abs(np.asarray(predicted[name])[example, channel * PATCHES + patch] - target)
-            errors[name].append(np.mean(np.where(size < 1, size**2 / 2, size - 0.5)))
-            if name == "waveform":
-                squares.append(np.mean(size**2))
-                energy.append(np.mean(samples**2))
+    token: dict[str, list[float]] = {"waveform": [], "spectrum": [], "square": [], "energy": []}
+    pooled = {"pooled_waveform": 0.0, "pooled_spectrum": 0.0}
+    for example in range(4):
+        good = np.flatnonzero(batch["sensors"].valid[example])
+        signal = batch["signal"][example, good].astype(float)
+        standard = dict(zip(good, (signal - signal.mean()) / signal.std(), strict=True))
+        of_patch: dict[str, list[float]] = {name: [] for name in pooled}
+        hidden = 0
+        for channel, patch in np.ndindex(len(NAMES), PATCHES):
+            if channel not in standard:
+                continue
+            samples = standard[channel][200 * patch : 200 * (patch + 1)]
+            amplitude = np.abs(np.fft.rfft(samples - samples.mean())) / np.sqrt(200)
+            target = {"waveform": samples, "spectrum": np.log(amplitude + AMPLITUDE_FLOOR)}
 
-    assert set(errors) == {"waveform", "spectrum", "pooled_waveform", "pooled_spectrum"}
-    for name, values in errors.items():
-        np.testing.assert_allclose(metrics[name], np.mean(values), rtol=1e-5)
-    np.testing.assert_allclose(value, sum(np.mean(values) for values in errors.values()), rtol=1e-5)
-    np.testing.assert_allclose(metrics["waveform_r2"], 1 - np.mean(squares) / np.mean(energy), atol=1e-5)
-    assert metrics["weight"] == batch["mask"].sum() == 36
+            def error(
+                name: str, place: int = channel * PATCHES + patch, row: int = example, target: Any = target
+            ) -> float:
+                size = np.abs(np.asarray(predicted[name])[row, place] - target[name.removeprefix("pooled_")])
+                return float(np.mean(np.where(size < 1, size**2 / 2, size - 0.5)))
+
+            for name in pooled:
+                of_patch[name].append(error(name))
+            if batch["mask"][example, channel, patch]:
+                hidden += 1
+                for name in ("waveform", "spectrum"):
+                    token[name].append(error(name))
+                shown = np.asarray(predicted["waveform"])[example, channel * PATCHES + patch]
+                token["square"].append(np.mean((shown - samples) ** 2))
+                token["energy"].append(np.mean(samples**2))
+        for name, errors in of_patch.items():
+            pooled[name] += hidden * np.mean(errors)
+
+    count = len(token["waveform"])
+    expected = {name: np.mean(token[name]) for name in ("waveform", "spectrum")}
+    expected |= {name: total / count for name, total in pooled.items()}
+    for name, each in expected.items():
+        np.testing.assert_allclose(metrics[name], each, rtol=1e-5)
+    weights = {"waveform": 0.5, "spectrum": 0.2, "pooled_waveform": 1.0, "pooled_spectrum": 0.2}
+    np.testing.assert_allclose(value, sum(weights[name] * expected[name] for name in weights), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["waveform_r2"], 1 - np.mean(token["square"]) / np.mean(token["energy"]), atol=1e-5
+    )
+    assert metrics["weight"] == count
     assert collections == {}
 
 
 def test_weights_of_the_terms(variables: Any) -> None:
     batch = make_batch()
     _, metrics, _ = evaluate(variables, batch)
-    task = MaskedPatch(
-        options=TASK.options, pooled_width=16, waveform_weight=2.0, spectrum_weight=0.5, pooled_weight=0.25
-    )
+    weights = {"waveform": 2.0, "spectrum": 0.5, "pooled_waveform": 0.25, "pooled_spectrum": 3.0}
+    task = dataclasses.replace(TASK, **{f"{name}_weight": weight for name, weight in weights.items()})
     value, _, _ = jax.jit(lambda v, b: task.loss(v, b, jax.random.key(0), train=False))(variables, batch)
-    tokens = 2 * metrics["waveform"] + 0.5 * metrics["spectrum"]
-    pooled = 2 * metrics["pooled_waveform"] + 0.5 * metrics["pooled_spectrum"]
-    np.testing.assert_allclose(value, tokens + 0.25 * pooled, rtol=1e-5)
+    np.testing.assert_allclose(value, sum(weight * metrics[name] for name, weight in weights.items()), rtol=1e-5)
+
+
+def test_an_example_counts_the_same_at_any_amplitude(variables: Any) -> None:
+    """What the encoder sees is fixed here; only targets could change."""
+    batch = make_batch()
+    louder = {**batch, "signal": 50 * batch["signal"] + 3}
+    np.testing.assert_allclose(
+        standardised(louder["signal"], louder["sensors"].valid)[0],
+        standardised(batch["signal"], batch["sensors"].valid)[0],
+        atol=1e-4,
+    )
 
 
 def test_parts_of_a_batch_add_up_by_their_weights(variables: Any) -> None:
@@ -123,11 +162,12 @@ def test_targets_outside_the_mask_do_not_count(variables: Any) -> None:
 def test_r2_of_a_perfect_prediction_is_one(variables: Any) -> None:
     batch = make_batch()
     pattern = batch["signal"][0, 0, :200]
+    pattern = (pattern - pattern.mean()) / pattern.std()
     batch["signal"] = np.tile(pattern, (4, len(NAMES), PATCHES))
     head = {"kernel": jnp.zeros_like(variables["params"]["waveform"]["kernel"]), "bias": pattern}
     _, perfect, _ = evaluate({"params": {**variables["params"], "waveform": head}}, batch)
-    assert perfect["waveform"] == 0
-    assert perfect["waveform_r2"] == 1
+    assert perfect["waveform"] < 1e-10
+    np.testing.assert_allclose(perfect["waveform_r2"], 1, atol=1e-6)
     _, zero, _ = evaluate({"params": {**variables["params"], "waveform": {**head, "bias": 0 * pattern}}}, batch)
     np.testing.assert_allclose(zero["waveform_r2"], 0, atol=1e-6)
 
@@ -138,12 +178,15 @@ def test_reconstruct_leaves_visible_patches_untouched(variables: Any) -> None:
     hidden = np.repeat(batch["mask"], 200, axis=-1)
     np.testing.assert_array_equal(rebuilt[~hidden], batch["signal"][~hidden])
     predicted = TASK.module().apply(variables, batch["signal"], batch["sensors"], batch["mask"])["waveform"]
-    np.testing.assert_allclose(rebuilt[hidden], np.reshape(predicted, rebuilt.shape)[hidden], atol=1e-5)
+    signal = batch["signal"].astype(float)
+    mean, deviation = signal.mean((1, 2), keepdims=True), signal.std((1, 2), keepdims=True)
+    wanted = np.reshape(predicted, rebuilt.shape) * deviation + mean
+    np.testing.assert_allclose(rebuilt[hidden], wanted[hidden], atol=1e-5)
 
 
 def test_without_the_pooled_term_its_head_is_left_out() -> None:
     batch = make_batch()
-    task = MaskedPatch(options=TASK.options, pooled_weight=0.0)
+    task = MaskedPatch(options=TASK.options, pooled_waveform_weight=0.0, pooled_spectrum_weight=0.0)
     shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
     assert set(shapes["params"]) == {"encoder", "waveform", "spectrum"}
     _, metrics, _ = jax.eval_shape(lambda v, b: task.loss(v, b, jax.random.key(0), train=False), shapes, batch)

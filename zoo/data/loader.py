@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from zoo.data.store import PADDING
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Loader:
     seed        of the shuffle, the crops and the masks; 0 … 2³² − 1
     mask_patch  samples a patch of the mask; 0 gives no mask
     mask_ratio  share of the patches of valid channels that is masked
+    channels    valid channels drawn at random for each example; 0 takes all channels as they are
     rows        this host's rows of each batch; None for all
     threads     batches that are read at a time; 0 reads in the caller's thread
     prefetch    batches held ready
@@ -50,6 +52,7 @@ class Loader:
         seed: int,
         mask_patch: int = 0,
         mask_ratio: float = 0.0,
+        channels: int = 0,
         rows: Sequence[int] | None = None,
         threads: int = 1,
         prefetch: int = 4,
@@ -76,7 +79,9 @@ class Loader:
         self._patches = window // mask_patch if mask_patch else 0
         self._sensors, self._sensors_of = dataset.sensor_tables()
         self._valid = [np.flatnonzero(valid) for valid in self._sensors["valid"]]
-        self._n_masked = [round(mask_ratio * len(valid) * self._patches) for valid in self._valid]
+        self._mask_ratio = mask_ratio
+        self.channels = min(channels, dataset.n_channels) or dataset.n_channels
+        """Channels of a batch."""
         self._stream = self._examples(np.repeat(records, windows))
 
     @property
@@ -92,7 +97,7 @@ class Loader:
     def at(self, step: int) -> Iterator[Batch]:
         """The batches of steps `step`, `step` + 1, …, without end.
 
-        signal   float32 [b, C, T], zeros in the channels that pad a smaller montage
+        signal   float32 [b, C, T], zeros in the channels that pad a smaller montage; C is `self.channels`
         sensors  `zoo.types.Sensors` of numpy arrays [b, C, …]; `valid` is False for padding and bad channels
         mask     bool [b, C, A], True where masked: round(mask_ratio · valid channels · A) patches of each
                  example, all on valid channels; absent without `mask_patch`
@@ -114,37 +119,39 @@ class Loader:
         return grain.MapDataset.source(records).seed(self.seed).shuffle().repeat().random_map(self._cut)
 
     def _cut(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
-        """A random window of a record, [C of its montage, T], and its mask."""
+        """A random window of a record, [channels, T], which channels of the padded montage these are, and its mask.
+
+        Channels beyond the montage's, or beyond its valid ones where channels are drawn, are −1 and zero.
+        """
         dataset = self.dataset
+        signal = dataset[record]
         first = int(rng.integers(dataset.length[record] - self.window + 1))
-        example = {
-            "signal": dataset[record][:, first : first + self.window].copy(),  # lets go of the record
-            "record": record,
-            "start": dataset.start[record] + first,
-        }
+        valid = self._valid[self._sensors_of[dataset.recording[record]]]
+        channel = np.full(self.channels, -1)
+        if self.channels == dataset.n_channels:
+            channel[: len(signal)] = np.arange(len(signal))
+        else:
+            drawn = np.sort(rng.permutation(valid)[: self.channels])
+            channel[: len(drawn)] = drawn
+        taken = channel[channel >= 0]
+        window = np.zeros((self.channels, self.window), np.float32)
+        window[: len(taken)] = signal[taken, first : first + self.window]
+        example = {"signal": window, "channel": channel, "record": record, "start": dataset.start[record] + first}
         if self._patches:
-            table = self._sensors_of[dataset.recording[record]]
-            valid = self._valid[table]
-            chosen = rng.permutation(len(valid) * self._patches)[: self._n_masked[table]]
-            example["mask"] = np.zeros((dataset.n_channels, self._patches), bool)
-            example["mask"][valid[chosen // self._patches], chosen % self._patches] = True
+            good = np.flatnonzero(np.isin(channel, valid))
+            places = rng.permutation(len(good) * self._patches)[: round(self._mask_ratio * len(good) * self._patches)]
+            example["mask"] = np.zeros((self.channels, self._patches), bool)
+            example["mask"][good[places // self._patches], places % self._patches] = True
         return example
 
     def _batch(self, step: int) -> Batch:
         from zoo.types import Sensors
 
         examples = [self._stream[step * self.batch_size + row] for row in self._rows]
-        signal = np.zeros((len(examples), self.dataset.n_channels, self.window), np.float32)
-        for padded, example in zip(signal, examples, strict=True):
-            padded[: len(example["signal"])] = example["signal"]
-        record = np.array([example["record"] for example in examples], np.int32)
-        table = self._sensors_of[self.dataset.recording[record]]
-        batch: Batch = {
-            "signal": signal,
-            "sensors": Sensors(**{field: values[table] for field, values in self._sensors.items()}),
-            "record": record,
-            "start": np.array([example["start"] for example in examples], np.int32),
-        }
-        if self._patches:
-            batch["mask"] = np.stack([example["mask"] for example in examples])
-        return batch
+        stacked = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        channel, record = stacked.pop("channel"), stacked["record"].astype(np.int32)
+        table = self._sensors_of[self.dataset.recording[record]][:, None]
+        sensors = {field: values[table, channel] for field, values in self._sensors.items()}
+        for field, fill in PADDING.items():
+            sensors[field][channel < 0] = fill
+        return {**stacked, "sensors": Sensors(**sensors), "record": record, "start": stacked["start"].astype(np.int32)}

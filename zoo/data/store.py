@@ -119,6 +119,10 @@ def _vectors_from_json(plain: Sequence[list[float] | None]) -> npt.NDArray[np.fl
     return np.array([unknown if vector is None else vector for vector in plain], np.float32).reshape(-1, 3)
 
 
+PADDING: Mapping[str, Any] = {"position": np.nan, "orientation": np.nan, "kind": 0, "name": -1, "valid": False}
+"""Fields of `zoo.types.Sensors` for a channel that is not there."""
+
+
 class Dataset:
     """A prepared dataset, opened for reading; safe to share between threads and to pickle.
 
@@ -239,9 +243,8 @@ class Dataset:
                 rows[key] = len(tables)
                 tables.append(self.sensors(number))
             row_of.append(rows[key])
-        padding = {"position": np.nan, "orientation": np.nan, "kind": 0, "name": -1, "valid": False}
         stacked = {}
-        for field, fill in padding.items():
+        for field, fill in PADDING.items():
             first = tables[0][field]
             stacked[field] = np.full((len(tables), self.n_channels, *first.shape[1:]), fill, first.dtype)
             for padded, table in zip(stacked[field], tables, strict=True):

@@ -4,12 +4,14 @@ It takes the masking of LaBraM's pretraining (paper §2.3: a random half of the 
 place of codes, regresses what the codes stand for: the samples of each hidden patch and its log-amplitude spectrum,
 each with one linear head on the patch's token.
 
-A second term keeps the pooled vector useful on its own: every hidden patch is predicted again from `pooled` alone,
-given where and when the patch is. It follows the secondary task of REVE (El Ouahidi et al., NeurIPS 2025), with two
-differences: it reads the encoder's own pooled vector rather than a learned pool over all layers, and place multiplies
-content instead of being added to it, so that one vector can say different things of different electrodes.
+A second pair of terms keeps the pooled vector useful on its own: every patch, hidden or not, is predicted again from
+`pooled` alone, given where and when the patch is. It follows the secondary task of REVE (El Ouahidi et al., NeurIPS
+2025), with three differences: it reads the encoder's own pooled vector rather than a learned pool over all layers, it
+answers for all patches, and place multiplies content instead of being added to it, so that the head is a low-rank
+space × time model of the window: sum over k of what_k(pooled) · where_k(place) · wave_k(time).
 
-Targets are the signal as it comes from the loader, so scale it in the recipe.
+Targets are standardised over each example as a whole (one mean, one deviation over its valid channels), so that an
+example counts the same at any amplitude.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from zoo.errors import ZooError
 from zoo.registry import create
 from zoo.types import AnyArray, Array, Batch, Encoded, Sensors, Variables
 
-HEAD_RADIUS = 0.095
+HEAD_RADIUS = 0.1
 """Metres; brings sensor positions to about one."""
 AMPLITUDE_FLOOR = 0.01
-"""Added to spectral amplitudes (signal units × samples^½) before the logarithm."""
+"""Added to spectral amplitudes (orthonormal transform of standardised signal) before the logarithm."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class MaskedPatch:
         dtype: compute dtype of the encoder; parameters and statistics stay float32
         remat: what the encoder recomputes in the backward pass: none, full or dots
         patch: samples a patch; must be the encoder's
-        waveform_weight: weight of the waveform error
-        spectrum_weight: weight of the log-amplitude error
-        pooled_weight: weight of both errors when predicted from the pooled vector alone; 0 leaves that head out
-        pooled_width: features of that head
+        waveform_weight: weight of the waveform error of hidden patches
+        spectrum_weight: weight of their log-amplitude error
+        pooled_waveform_weight: weight of the waveform error of all patches, predicted from the pooled vector
+        pooled_spectrum_weight: weight of their log-amplitude error; both 0 leave the pooled heads out
+        pooled_rank: terms of the space × time model of the pooled heads
     """
 
     model: str = "labram_tiny"
@@ -53,10 +56,11 @@ class MaskedPatch:
     dtype: str = "float32"
     remat: str = "none"
     patch: int = 200
-    waveform_weight: float = 1.0
-    spectrum_weight: float = 1.0
-    pooled_weight: float = 1.0
-    pooled_width: int = 256
+    waveform_weight: float = 0.5
+    spectrum_weight: float = 0.2
+    pooled_waveform_weight: float = 1.0
+    pooled_spectrum_weight: float = 0.2
+    pooled_rank: int = 256
 
     def encoder(self) -> nn.Module:
         """The encoder alone. Its variables are `{"params": variables["params"]["encoder"]}`."""
@@ -64,7 +68,7 @@ class MaskedPatch:
 
     def module(self) -> MaskedPatchModel:
         """Encoder and heads."""
-        return MaskedPatchModel(self.encoder(), self.patch, self.pooled_width if self.pooled_weight else 0)
+        return MaskedPatchModel(self.encoder(), self.patch, self.pooled_rank if self._pools() else 0)
 
     def init(self, key: Array, batch: Batch) -> Variables:
         """Variables for the shapes of `batch`, boxed with logical axis names."""
@@ -73,48 +77,59 @@ class MaskedPatch:
     def loss(
         self, variables: Variables, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Mapping[str, Array], Variables]:
-        """Weighted errors, mean over the masked patches of valid channels; metrics: parts, waveform R², weight."""
+        """The weighted errors of a batch; metrics: each of them, R² of the waveforms, how many patches are hidden.
+
+        Token errors are means over the hidden patches of valid channels. Pooled errors are means over all patches of
+        valid channels in each example, and over examples by how many patches they hide: so both are means over hidden
+        patches, and micro-batches add up.
+        """
         prediction: Any = self.module().apply(
             variables, batch["signal"], batch["sensors"], _mask(batch), train=train, rngs={"dropout": key}
         )
-        valid = batch["sensors"].valid[:, :, None]
-        target, amplitude = targets(jnp.where(valid, batch["signal"], 0), self.patch)
-        counted = (_mask(batch) & valid).reshape(target.shape[:2])
-        weight = counted.sum()
+        waveform, spectrum = targets(standardised(batch["signal"], batch["sensors"].valid)[0], self.patch)
+        present = jnp.broadcast_to(batch["sensors"].valid[:, :, None], _mask(batch).shape).reshape(waveform.shape[:2])
+        hidden = present & _mask(batch).reshape(present.shape)
+        hidden_each = hidden.sum(1)
+        weight = hidden_each.sum()
 
-        def mean(error: Array) -> Array:
-            return jnp.sum(error.mean(-1), where=counted) / jnp.maximum(weight, 1)
+        def token_mean(error: Array) -> Array:
+            return jnp.sum(error.mean(-1), where=hidden) / jnp.maximum(weight, 1)
+
+        def pooled_mean(error: Array) -> Array:
+            each = jnp.sum(error.mean(-1), axis=1, where=present) / jnp.maximum(present.sum(1), 1)
+            return jnp.sum(each * hidden_each) / jnp.maximum(weight, 1)
 
         metrics = {
-            "waveform": mean(huber(prediction["waveform"] - target)),
-            "spectrum": mean(huber(prediction["spectrum"] - amplitude)),
-            "waveform_r2": 1.0 - mean(jnp.square(prediction["waveform"] - target)) / mean(jnp.square(target)),
+            "waveform": token_mean(huber(prediction["waveform"] - waveform)),
+            "spectrum": token_mean(huber(prediction["spectrum"] - spectrum)),
+            "waveform_r2": _r2(prediction["waveform"], waveform, token_mean),
         }
         value = self.waveform_weight * metrics["waveform"] + self.spectrum_weight * metrics["spectrum"]
-        if self.pooled_weight:
-            metrics["pooled_waveform"] = mean(huber(prediction["pooled_waveform"] - target))
-            metrics["pooled_spectrum"] = mean(huber(prediction["pooled_spectrum"] - amplitude))
-            value += self.pooled_weight * (
-                self.waveform_weight * metrics["pooled_waveform"] + self.spectrum_weight * metrics["pooled_spectrum"]
-            )
+        if self._pools():
+            metrics["pooled_waveform"] = pooled_mean(huber(prediction["pooled_waveform"] - waveform))
+            metrics["pooled_spectrum"] = pooled_mean(huber(prediction["pooled_spectrum"] - spectrum))
+            metrics["pooled_waveform_r2"] = _r2(prediction["pooled_waveform"], waveform, pooled_mean)
+            value += self.pooled_waveform_weight * metrics["pooled_waveform"]
+            value += self.pooled_spectrum_weight * metrics["pooled_spectrum"]
         return value, {**metrics, "weight": weight.astype(jnp.float32)}, {}
 
     def reconstruct(self, variables: Variables, batch: Batch) -> Array:
         """The batch's signal [B, C, T] with every masked patch replaced by its prediction."""
         prediction: Any = self.module().apply(variables, batch["signal"], batch["sensors"], _mask(batch))
         signal = batch["signal"]
+        _, mean, deviation = standardised(signal, batch["sensors"].valid)
         masked = jnp.repeat(_mask(batch), self.patch, axis=-1)
-        return jnp.where(masked, prediction["waveform"].reshape(signal.shape), signal)
+        return jnp.where(masked, prediction["waveform"].reshape(signal.shape) * deviation + mean, signal)
 
     def flops(self, batch: Batch) -> float:
         """Operations of one forward pass over `batch`: the encoder's and the heads' matrix products."""
         examples, channels, samples = batch["signal"].shape
         encoder: Any = self.encoder()
         tokens = channels * (samples // self.patch)
-        width, outputs = encoder.dim, self.patch + self.patch // 2 + 1
+        width, rank, outputs = encoder.dim, self.pooled_rank, self.patch + self.patch // 2 + 1
         heads = 2 * tokens * width * outputs
-        if self.pooled_weight:
-            heads += 2 * self.pooled_width * (width + tokens * (4 + self.pooled_width + outputs))
+        if self._pools():
+            heads += 2 * rank * (2 * width + tokens * (4 + rank + outputs))
         return examples * (encoder.flops(channels, samples) + heads)
 
     def check_sensors(self, names: tuple[str, ...]) -> None:
@@ -122,44 +137,60 @@ class MaskedPatch:
         encoder: Any = self.encoder()
         encoder.check_sensors(names)
 
+    def _pools(self) -> bool:
+        return self.pooled_waveform_weight > 0 or self.pooled_spectrum_weight > 0
+
 
 class MaskedPatchModel(nn.Module):
     """An encoder with the heads of the task; predictions by name, [B, N, P] waveforms and [B, N, P/2+1] spectra."""
 
     encoder: nn.Module
     patch: int
-    pooled_width: int
+    pooled_rank: int
 
     @nn.compact
     def __call__(
         self, signal: Float[AnyArray, "B C T"], sensors: Sensors, mask: Bool[AnyArray, "B _ _"], *, train: bool = False
     ) -> dict[str, Float[Array, "B N _"]]:
         encoded: Encoded = self.encoder(signal, sensors, mask=mask, train=train)
-        tokens = encoded.tokens.astype(jnp.float32)
-        predictions = {
-            "waveform": self._head(self.patch, "waveform")(tokens),
-            "spectrum": self._head(self.patch // 2 + 1, "spectrum")(tokens),
-        }
-        if self.pooled_width:
-            where = _dense(self.pooled_width, (None, "mlp"), "where")(_where(sensors, signal.shape[-1] // self.patch))
-            what = _dense(self.pooled_width, ("embed", "mlp"), "what")(encoded.pooled.astype(jnp.float32))
-            hidden = nn.gelu(what[:, None] * where)
-            hidden = nn.gelu(_dense(self.pooled_width, ("mlp", None), "pooled_hidden")(hidden))
-            predictions["pooled_waveform"] = self._head(self.patch, "pooled_waveform")(hidden)
-            predictions["pooled_spectrum"] = self._head(self.patch // 2 + 1, "pooled_spectrum")(hidden)
+        tokens, content = encoded.tokens.astype(jnp.float32), encoded.pooled.astype(jnp.float32)
+        outputs = {"waveform": self.patch, "spectrum": self.patch // 2 + 1}
+        predictions = {name: _dense(size, ("embed", None), name)(tokens) for name, size in outputs.items()}
+        if self.pooled_rank:
+            where = nn.gelu(_dense(self.pooled_rank, (None, "embed"), "where_in")(_where(sensors, mask.shape[-1])))
+            where = _dense(self.pooled_rank, ("embed", "mlp"), "where_out")(where)
+            for name, size in outputs.items():
+                what = _dense(self.pooled_rank, ("embed", "mlp"), f"pooled_{name}_what")(content)
+                predictions[f"pooled_{name}"] = _dense(size, ("mlp", None), f"pooled_{name}")(what[:, None] * where)
         return predictions
 
-    def _head(self, outputs: int, name: str) -> nn.Dense:
-        return _dense(outputs, ("embed", None), name)
+
+def standardised(
+    signal: Float[AnyArray, "B C T"], valid: Bool[AnyArray, "B C"]
+) -> tuple[Float[Array, "B C T"], Float[Array, "B 1 1"], Float[Array, "B 1 1"]]:
+    """Signal with mean 0 and deviation 1 over all valid channels of each example together; mean; deviation.
+
+    Invalid channels become zero. An example without variation is left at zero.
+    """
+    where = valid[:, :, None]
+    signal = jnp.where(where, signal, 0).astype(jnp.float32)
+    mean = signal.mean((1, 2), keepdims=True, where=where)
+    deviation = signal.std((1, 2), keepdims=True, where=where)
+    return jnp.where(where, (signal - mean) / jnp.maximum(deviation, 1e-6), 0), mean, deviation
 
 
 def targets(signal: Float[AnyArray, "B C T"], patch: int) -> tuple[Float[Array, "B N P"], Float[Array, "B N F"]]:
-    """Patches [B, N, P] of signal [B, C, T] and the logarithm of their amplitude spectra [B, N, P/2+1], float32."""
+    """Patches [B, N, P] of signal, and the log-amplitude spectrum of each less its mean [B, N, P/2+1]."""
     if signal.shape[-1] % patch:
         raise ZooError(f"a window of {signal.shape[-1]} samples is not made of patches of {patch} samples")
     patches = jnp.asarray(signal, jnp.float32).reshape(signal.shape[0], -1, patch)
-    amplitude = jnp.abs(jnp.fft.rfft(patches, norm="ortho"))
+    amplitude = jnp.abs(jnp.fft.rfft(patches - patches.mean(-1, keepdims=True), norm="ortho"))
     return patches, jnp.log(amplitude + AMPLITUDE_FLOOR)
+
+
+def _r2(prediction: Array, target: Array, mean: Any) -> Array:
+    """Share of the target's square that the prediction explains."""
+    return 1.0 - mean(jnp.square(prediction - target)) / jnp.maximum(mean(jnp.square(target)), 1e-12)
 
 
 def huber(error: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -33,6 +33,7 @@ class Data:
         batch_size: examples a step, over all devices and hosts
         mask_patch: samples a patch of the mask; 0 draws none
         mask_ratio: share of the patches of valid channels that is masked
+        channels: valid channels drawn at random for each training example; 0 takes all
         threads: batches read at a time
         prefetch: batches held ready
     """
@@ -47,6 +48,7 @@ class Data:
     batch_size: int = 64
     mask_patch: int = 0
     mask_ratio: float = 0.5
+    channels: int = 0
     threads: int = 1
     prefetch: int = 4
 

@@ -129,7 +129,7 @@ class _Run:
             )
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        shape = self.loader.batch_size, self.loader.dataset.n_channels, self.loader.window
+        shape = self.loader.batch_size, self.loader.channels, self.loader.window
         figures |= {
             "step_seconds": seconds,
             "examples_per_second": shape[0] / seconds,
