@@ -24,6 +24,7 @@ from zoo.train.config import Config, load_config
 if TYPE_CHECKING:
     import flax.linen as nn
 
+    from zoo.data.loader import Loader
     from zoo.data.store import Dataset
     from zoo.data.windows import Windows
     from zoo.evaluate.probe import ProbeResult
@@ -56,9 +57,9 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     mesh = make_mesh(config.mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     dataset = open_data(config)
-    loader = _loader(config, dataset, "train", place.rows, config.data.channels)
+    loader = make_loader(config, dataset, "train", place.rows, config.data.channels)
     validation = (
-        _loader(config, dataset, "validation", place.rows, config.data.channels)
+        make_loader(config, dataset, "validation", place.rows, config.data.channels)
         if config.train.validate_every
         else None
     )
@@ -108,7 +109,7 @@ def evaluate(folder: Path) -> None:
         config,
         config.task,
         mesh,
-        place.abstract(next(_loader(config, dataset, "train", place.rows, config.data.channels).at(0))),
+        place.abstract(next(make_loader(config, dataset, "train", place.rows, config.data.channels).at(0))),
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is None:
@@ -171,7 +172,7 @@ def open_data(config: Config) -> Dataset:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices("data prepared")
-    dataset = Dataset.open(data.prepared)
+    dataset = Dataset.open(data.prepared, cache_bytes=int(data.cache_gigabytes * 1e9))
     check = getattr(config.task, "check_sensors", None)
     if check:
         for montage in dataset.montages:
@@ -285,7 +286,8 @@ def _start(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int], channels: int) -> Any:
+def make_loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int], channels: int) -> Loader:
+    """The run's batches of one part of the split, with `channels` drawn for each example (0: all)."""
     from zoo.data.loader import Loader
 
     data = config.data
@@ -369,7 +371,7 @@ def _plot_reconstruction(
     if rebuild is None or "mask" not in program.batch:
         return
     part = "validation" if "validation" in dataset.splits and len(dataset.splits["validation"]) else "train"
-    host = next(_loader(config, dataset, part, place.rows, channels=0).at(0))
+    host = next(make_loader(config, dataset, part, place.rows, channels=0).at(0))
     with jax.set_mesh(program.mesh), program.context():
         compute = jax.jit(
             lambda variables, batch: (rebuild(variables, batch)[0], batch["signal"][0], batch["mask"][0]),

@@ -172,3 +172,15 @@ def test_the_store_is_cheap_to_import() -> None:
     code = "import sys, zoo.data.store; print([m for m in ('mne', 'jax', 'grain') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_the_records_read_last_are_kept_up_to_a_size(dataset: Dataset) -> None:
+    kept = Dataset.open(dataset.path, cache_bytes=2 * max(dataset[i].nbytes for i in range(3)))
+    first = kept[0]
+    np.testing.assert_array_equal(first, dataset[0])
+    assert kept[0] is first
+    assert not first.flags.writeable  # what is kept must not change under the next reader
+    kept[1], kept[2]
+    assert kept[2] is kept[2]
+    assert kept[0] is not first
+    assert dataset[0] is not dataset[0]

@@ -79,6 +79,8 @@ class Loader:
         self._patches = window // mask_patch if mask_patch else 0
         self._sensors, self._sensors_of = dataset.sensor_tables()
         self._valid = [np.flatnonzero(valid) for valid in self._sensors["valid"]]
+        # One place more, so that channel −1, padding, is looked up as not valid.
+        self._is_valid = np.pad(self._sensors["valid"], ((0, 0), (0, 1)))
         self._mask_ratio = mask_ratio
         self.channels = min(channels, dataset.n_channels) or dataset.n_channels
         """Channels of a batch."""
@@ -126,19 +128,19 @@ class Loader:
         dataset = self.dataset
         signal = dataset[record]
         first = int(rng.integers(dataset.length[record] - self.window + 1))
-        valid = self._valid[self._sensors_of[dataset.recording[record]]]
+        table = self._sensors_of[dataset.recording[record]]
         channel = np.full(self.channels, -1)
         if self.channels == dataset.n_channels:
             channel[: len(signal)] = np.arange(len(signal))
         else:
-            drawn = np.sort(rng.permutation(valid)[: self.channels])
+            drawn = np.sort(rng.permutation(self._valid[table])[: self.channels])
             channel[: len(drawn)] = drawn
         taken = channel[channel >= 0]
         window = np.zeros((self.channels, self.window), np.float32)
         window[: len(taken)] = signal[taken, first : first + self.window]
         example = {"signal": window, "channel": channel, "record": record, "start": dataset.start[record] + first}
         if self._patches:
-            good = np.flatnonzero(np.isin(channel, valid))
+            good = np.flatnonzero(self._is_valid[table, channel])
             places = rng.permutation(len(good) * self._patches)[: round(self._mask_ratio * len(good) * self._patches)]
             example["mask"] = np.zeros((self.channels, self._patches), bool)
             example["mask"][good[places // self._patches], places % self._patches] = True

@@ -139,8 +139,11 @@ class Dataset:
                 or −1
     """
 
-    def __init__(self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:
+    def __init__(
+        self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]], cache_bytes: int = 0
+    ) -> None:
         self.path = path
+        self._cache_bytes = cache_bytes
         self.rate_hz = float(plain["rate_hz"])
         self.recipe: dict[str, Any] = plain["recipe"]
         self.classes: tuple[str, ...] = tuple(plain["classes"])
@@ -158,11 +161,14 @@ class Dataset:
         self._dtype = np.dtype(self.recipe["dtype"])
         # Records come recording by recording, and by start within one: a slice of the index each.
         self._first = np.searchsorted(self.recording, np.arange(len(self.recordings) + 1))
-        self._forget_open_shards()
+        self._forget_what_is_open()
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """The dataset in folder `path`; ZooError when it is missing, unfinished or damaged."""
+    def open(cls, path: str | Path, cache_bytes: int = 0) -> Dataset:
+        """The dataset in folder `path`; ZooError when it is missing, unfinished or damaged.
+
+        The records read last are kept in memory, up to `cache_bytes`: training cuts each several times an epoch.
+        """
         path = Path(path)
         plain = read_dataset_json(path)
         packed = _read_bytes(path / "index.npz")
@@ -172,13 +178,27 @@ class Dataset:
             arrays = dict(index)
         for shard in plain["shards"]:
             _check_size(path / shard["file"], shard["size"])
-        return cls(path, plain, arrays)
+        return cls(path, plain, arrays, cache_bytes)
 
     def __len__(self) -> int:
         return len(self.recording)
 
     def __getitem__(self, i: int) -> npt.NDArray[np.float32]:
-        """Record i, [C, T] float32; ZooError naming the shard when its checksum does not match."""
+        """Record i, [C, T] float32, to be read only; ZooError naming the shard when its checksum does not match."""
+        with self._lock:
+            if i in self._cache:
+                self._cache.move_to_end(i)
+                return self._cache[i]
+        signal = self._read(i)
+        if signal.nbytes <= self._cache_bytes:
+            with self._lock:
+                self._cache[i] = signal
+                # Records are about equal in size, so counting them is counting bytes.
+                while len(self._cache) * signal.nbytes > self._cache_bytes:
+                    self._cache.popitem(last=False)
+        return signal
+
+    def _read(self, i: int) -> npt.NDArray[np.float32]:
         shard = self.path / self._shards[self._shard[i]]
         try:
             packed = self._open(shard).read([int(self._position[i])])[0]
@@ -266,16 +286,17 @@ class Dataset:
                 self._readers.popitem(last=False)
             return reader
 
-    def _forget_open_shards(self) -> None:
+    def _forget_what_is_open(self) -> None:
         self._lock = threading.Lock()
         self._readers: OrderedDict[Path, Any] = OrderedDict()
+        self._cache: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field: value for field, value in self.__dict__.items() if field not in ("_lock", "_readers")}
+        return {field: value for field, value in self.__dict__.items() if field not in ("_lock", "_readers", "_cache")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget_open_shards()
+        self._forget_what_is_open()
 
 
 def read_dataset_json(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Data:
         mask_patch: samples a patch of the mask; 0 draws none
         mask_ratio: share of the patches of valid channels that is masked
         channels: valid channels drawn at random for each training example; 0 takes all
+        cache_gigabytes: memory for the records read last, on each host
         threads: batches read at a time
         prefetch: batches held ready
     """
@@ -49,6 +50,7 @@ class Data:
     mask_patch: int = 0
     mask_ratio: float = 0.5
     channels: int = 0
+    cache_gigabytes: float = 1.0
     threads: int = 1
     prefetch: int = 4
 
