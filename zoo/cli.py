@@ -157,10 +157,9 @@ def info(arguments: Sequence[str]) -> None:
 
     found = entry(name)
     options = ", ".join(f"{key} {value}" for key, value in found.options.items()) or "the defaults"
-    published = f" (published {found.card.parameters:,})" if found.card.parameters else ""
     for title, value in (
         ("model", f"{name}: {found.card.title}"),
-        ("parameters", f"{parameter_count(create(name)):,}{published}"),
+        ("parameters", f"{parameter_count(create(name)):,}"),
         ("input", found.card.inputs),
         ("options", options),
         ("evidence", found.card.evidence),

@@ -20,7 +20,7 @@ MODULES = ("zoo.encoders.labram",)
 
 @dataclass(frozen=True)
 class Card:
-    """What `zoo info` tells of a model. `parameters` is the published or measured count of the module alone."""
+    """What `zoo info` tells of a model. `parameters` is the published count of the module alone."""
 
     title: str
     paper: str

@@ -376,28 +376,44 @@ def _scaled(depth_scale: Array) -> Any:
     return init
 
 
-VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
-    "labram_tiny": ({"depth": 4, "dim": 100, "heads": 4, "conv_features": 4}, 0),
-    "labram_base": ({}, 5_819_936),
-    "labram_large": ({"depth": 24, "dim": 400, "heads": 16, "conv_features": 16, "layer_scale": 1e-5}, 46_258_720),
-    "labram_huge": ({"depth": 48, "dim": 800, "heads": 16, "conv_features": 32, "layer_scale": 1e-5}, 369_235_712),
-}
-"""Options and parameter counts (encoder, no mask token, no head). tiny is ours; the others are the paper's table 1."""
+_PARITY = (
+    "parity: tokens, pooled vector and input gradients within 1e-6 (relative) of the official code, random weights"
+)
 
-for _name, (_options, _parameters) in VARIANTS.items():
+VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "labram_tiny": (
+        {"depth": 4, "dim": 100, "heads": 4, "conv_features": 4},
+        500_192,
+        "parity of its layers; trained: configs/quickstart.py, two layers deep",
+    ),
+    "labram_base": ({}, 5_819_936, _PARITY),
+    "labram_large": (
+        {"depth": 24, "dim": 400, "heads": 16, "conv_features": 16, "layer_scale": 1e-5},
+        46_258_720,
+        _PARITY,
+    ),
+    "labram_huge": (
+        {"depth": 48, "dim": 800, "heads": 16, "conv_features": 32, "layer_scale": 1e-5},
+        369_235_712,
+        "shapes: parameter count of the official code",
+    ),
+}
+"""Options, parameters (encoder without mask token and head), evidence. tiny is ours; the others are the paper's."""
+
+for _name, (_options, _parameters, _evidence) in VARIANTS.items():
     register(
         _name,
         LaBraM,
         _options,
         Card(
-            title="LaBraM encoder",
-            paper="Jiang, Zhao, Lu. Large Brain Model for Learning Generic Representations with Tremendous EEG Data "
-            "in BCI. ICLR 2024",
+            title=f"LaBraM encoder, {_parameters / 1e6:.1f} M parameters",
+            paper="Jiang, Zhao, Lu. Large Brain Model for Learning Generic Representations with Tremendous EEG Data in "
+            "BCI. ICLR 2024, arXiv 2405.18765",
             code="github.com/935963004/LaBraM",
             licence="MIT",
             inputs="EEG [B, C, A·200] at 200 Hz, 0.1–75 Hz, mains notched, µV/100; electrodes of LaBraM's table; "
             "A ≤ 16",
             parameters=_parameters,
-            evidence="shapes" if _name in ("labram_large", "labram_huge") else "trained",
+            evidence=_evidence,
         ),
     )
