@@ -136,15 +136,14 @@ class BatchPlacer:
                 f"data.batch_size {batch_size} does not divide into {parts} device groups × {accumulate} micro-batches"
             )
         self._size = batch_size
-        indices = self.sharding.addressable_devices_indices_map((batch_size,))
-        self._spans = {device: index[0].indices(batch_size)[:2] for device, index in indices.items() if index}
-        self.rows: Sequence[int] = sorted({row for span in self._spans.values() for row in range(*span)})
+        indices = self.sharding.addressable_devices_indices_map((batch_size,)).values()
+        self.rows: Sequence[int] = sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
         """Rows of the global batch that this host's devices hold."""
-        self._place_of = {row: place for place, row in enumerate(self.rows)}
 
     def __call__(self, batch: Batch) -> Batch:
         """Host rows [b, …] → global arrays [B, …]; strings and other host-only leaves must be taken out before."""
-        return jax.tree.map(self._place, batch)
+        with jax.transfer_guard("allow"):  # the one transfer to the device that a step is meant to make
+            return jax.tree.map(self._place, batch)
 
     def abstract(self, batch: Batch) -> Batch:
         """Shapes and shardings of the global batch that `batch` is this host's part of."""
@@ -153,13 +152,7 @@ class BatchPlacer:
         )
 
     def _place(self, rows: np.ndarray) -> jax.Array:
-        shape = (self._size, *rows.shape[1:])
-
-        parts = [
-            jax.device_put(rows[self._place_of[first] : self._place_of[stop - 1] + 1], device)
-            for device, (first, stop) in self._spans.items()
-        ]
-        return jax.make_array_from_single_device_arrays(shape, self.sharding, parts)
+        return jax.make_array_from_process_local_data(self.sharding, rows, (self._size, *rows.shape[1:]))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
