@@ -29,11 +29,7 @@ from zoo.train.config import Config, Data, Devices, Optimizer, Train
 def config():
     return Config(
         name="small",
-        task=MaskedPatch(
-            model="labram_tiny",
-            options={{"depth": 2, "per_patch_norm": True, "drop_path": 0.1}},
-            pooled_width=32,
-        ),
+        task=MaskedPatch(model="labram_tiny", options={{"depth": 2, "per_patch_norm": True, "drop_path": 0.1}}),
         data=Data(prepared=Path("prepared"), batch_size=16, mask_patch=200, mask_ratio=0.5),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=2),
         train=Train(steps={STEPS}, checkpoint_every={CHECKPOINT_EVERY}, validate_every=10, validate_batches=1),
@@ -75,9 +71,9 @@ def wait_for_step(folder: Path, step: int, process: Any) -> None:
         time.sleep(0.002)
 
 
-def metrics(folder: Path, name: str = "small") -> list[dict[str, float]]:
-    """What a run wrote, without the times."""
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+def metrics(folder: Path, runs: str | Path = "runs") -> list[dict[str, float]]:
+    """What the run in a working folder wrote, without the times."""
+    lines = (folder / runs / "small/metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 

@@ -49,12 +49,12 @@ def test_eight_devices_give_the_curve_of_one(eight, straight):
     assert "80,000 /4" in out
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_what_eight_devices_wrote_goes_on_with_fewer(devices, eight, folder, cache, straight):
+@pytest.mark.parametrize("mesh", [(), ("--devices.cpu-devices", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")])
+def test_what_eight_devices_wrote_goes_on_with_fewer(mesh, eight, folder, cache, straight):
     go_on_elsewhere(eight[0], folder, SAVED)
-    out, _ = finish(start(folder, cache, "--devices.cpu-devices", str(devices), "--mesh.fsdp", str(devices)))
+    out, _ = finish(start(folder, cache, *mesh))
     assert f"resuming from step {SAVED}\n" in out
-    assert f"changed since the run began: mesh.fsdp 2 → {devices}" in out
+    assert "changed since the run began: devices.cpu_devices 8 → " in out
     assert_same_curve(metrics(folder), metrics(straight))
 
 
