@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import signal
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from zoo.train.stop import Stopped
 class Batches:
     """Stands in for the loader: the toy's batches, spoilt at a step when asked to."""
 
-    batch_size, window, dataset = BATCH, SAMPLES, SimpleNamespace(n_channels=CHANNELS)
+    batch_size, channels, window = BATCH, CHANNELS, SAMPLES
 
     def __init__(self, spoilt: int = 0, spoil: float = math.nan) -> None:
         self.given, self.spoilt, self.spoil = 0, spoilt, spoil
