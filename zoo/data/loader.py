@@ -118,7 +118,10 @@ class Loader:
         """The endless stream of examples that all hosts agree on, by index."""
         import grain
 
-        return grain.MapDataset.source(records).seed(self.seed).shuffle().repeat().random_map(self._cut)
+        def cut(place: int, rng: np.random.Generator) -> dict[str, Any]:
+            return self._cut(records[place], rng)
+
+        return grain.MapDataset.range(len(records)).seed(self.seed).shuffle().repeat().random_map(cut)
 
     def _cut(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         """A random window of a record, [channels, T], which channels of the padded montage these are, and its mask.
@@ -135,9 +138,8 @@ class Loader:
         else:
             drawn = np.sort(rng.permutation(self._valid[table])[: self.channels])
             channel[: len(drawn)] = drawn
-        taken = channel[channel >= 0]
-        window = np.zeros((self.channels, self.window), np.float32)
-        window[: len(taken)] = signal[taken, first : first + self.window]
+        window = signal[channel, first : first + self.window]
+        window[channel < 0] = 0
         example = {"signal": window, "channel": channel, "record": record, "start": dataset.start[record] + first}
         if self._patches:
             good = np.flatnonzero(self._is_valid[table, channel])
