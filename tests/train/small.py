@@ -30,9 +30,9 @@ def config():
     return Config(
         name="small",
         task=MaskedPatch(model="labram_tiny", options={{"depth": 2, "per_patch_norm": True, "drop_path": 0.1}}),
-        data=Data(prepared=Path("prepared"), batch_size=16, mask_patch=200, mask_ratio=0.5),
+        data=Data(prepared=Path("prepared"), batch_size=16, channels=12, mask_patch=200, mask_ratio=0.5),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=2),
-        train=Train(steps={STEPS}, checkpoint_every={CHECKPOINT_EVERY}, validate_every=10, validate_batches=1),
+        train=Train(steps={STEPS}, checkpoint_every={CHECKPOINT_EVERY}, validate_every=10, validate_batches=1, ema=0.5),
         devices=Devices(platform="cpu"),
     )
 """
