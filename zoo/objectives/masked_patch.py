@@ -161,7 +161,7 @@ class MaskedPatchModel(nn.Module):
             where = _dense(self.pooled_rank, ("embed", "mlp"), "where_out")(where)
             for name, size in outputs.items():
                 what = _dense(self.pooled_rank, ("embed", "mlp"), f"pooled_{name}_what")(content)
-                predictions[f"pooled_{name}"] = _dense(size, ("mlp", None), f"pooled_{name}")(what[:, None] * where)
+                predictions[f"pooled_{name}"] = _dense(size, ("alone", None), f"pooled_{name}")(what[:, None] * where)
         return predictions
 
 

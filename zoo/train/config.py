@@ -151,12 +151,15 @@ class Mesh:
     fsdp: int = 1
     tensor: int = 1
     sequence: int = 1
-    max_replicated: float = 0.1
+    max_replicated: float = 0.2
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Logical axis → mesh axes. Names are those modules give their parameters and activations."""
+    """Logical axis → mesh axes. Names are those modules give their parameters and activations.
+
+    `alone` is the axis of a large parameter none of whose other axes can be split.
+    """
 
     batch: tuple[str, ...] = ("slice", "data", "fsdp")
     tokens: tuple[str, ...] = ("sequence",)
@@ -164,6 +167,7 @@ class Rules:
     heads: tuple[str, ...] = ("tensor",)
     head_width: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
+    alone: tuple[str, ...] = ("fsdp", "tensor")
     layers: tuple[str, ...] = ()
 
 
