@@ -1,0 +1,41 @@
+"""Cutting [B, T, H, F] arrays into chunks of time for the XLA forms."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+
+
+def compute_dtype(*arrays: jax.Array) -> tuple[jnp.dtype, jax.lax.Precision]:
+    """float32, or float64 where an array is; half precision arrays do with the accelerator's default for matrix products."""
+    dtype = jnp.result_type(*arrays)
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return (
+        jnp.promote_types(dtype, jnp.float32),
+        jax.lax.Precision.DEFAULT if half else jax.lax.Precision.HIGHEST,
+    )
+
+
+def block_length(state: jax.Array, chunk_size: int) -> int:
+    """Tokens that are worked on at once, a multiple of `chunk_size`, for a state [B, H, ...]."""
+    rows = max(dispatch.block_rows() // (state.shape[0] * state.shape[1]), 1)
+    return max(rows // chunk_size, 1) * chunk_size
+
+
+def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, T, G, ...] → [B, T, heads, ...]: each head serves heads / G neighbours."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def split(x: jax.Array, chunk_size: int, dtype: jnp.dtype) -> jax.Array:
+    """[B, T, H, F] → [N, B, H, C, F], the last chunk filled up with zeros, which change no state."""
+    batch, time, heads, width = x.shape
+    chunks = -(-time // chunk_size)
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, chunks * chunk_size - time), (0, 0), (0, 0)))
+    return jnp.transpose(x.reshape(batch, chunks, chunk_size, heads, width), (1, 0, 3, 2, 4))
+
+
+def join(x: jax.Array, time: int) -> jax.Array:
+    """[N, B, H, C, F] → [B, T, H, F], the filling cut off."""
+    chunks, batch, heads, size, width = x.shape
+    return jnp.transpose(x, (1, 0, 3, 2, 4)).reshape(batch, chunks * size, heads, width)[:, :time]

@@ -1,0 +1,16 @@
+"""What the forms of linear attention share beside the arrays.
+
+Canonical arguments: q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], log_decay None or float32 [B, T, Hg, 1 or K],
+initial_state [B, H, K, V]; H is the largest head count and every other divides it. Resets at segment starts are part of
+log_decay (`kernels.packing`).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Form:
+    scale: float
+    chunk_size: int
+    own: bool = True
+    """Whether a token's output holds its own key and value; the second direction of the bidirectional form leaves them out."""

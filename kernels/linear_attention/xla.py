@@ -1,0 +1,70 @@
+"""Linear attention as matrix products over chunks of time, in plain XLA.
+
+Inside a chunk the tokens see each other through a decayed, lower triangular matrix of products; what came before
+reaches them through the state at the chunk's start (Yang et al. 2312.06635, section 4; Dao & Gu 2405.21060, section 6).
+The states of a block of chunks follow by a short scan, the rest is done for all its chunks at once.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels import recompute
+from kernels.chunks import block_length, compute_dtype, repeat_heads, split, join
+from kernels.decay import chunk_sums, decayed_products, pair_sums
+from kernels.linear_attention.form import Form
+
+Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """State [B, H, K, V] and a stretch of tokens → the state after it and the tokens' outputs [B, T, H, V]."""
+    dtype, precision = compute_dtype(*inputs[:3])
+    heads, time, out_dtype = state.shape[1], inputs[0].shape[1], inputs[2].dtype
+    q, k, v = (split(repeat_heads(x, heads), form.chunk_size, dtype) for x in inputs[:3])  # [N, B, H, C, ...]
+    log_decay = inputs[3]
+    mm = partial(jnp.matmul, precision=precision)
+
+    if log_decay is None:
+        products = mm(q, k.mT)
+        inside = jnp.tril(products, 0 if form.own else -1)
+        q_in, k_out, kept = q, k, None
+    else:
+        g = split(repeat_heads(log_decay, heads), form.chunk_size, dtype)  # [N, B, H, C, 1 or K]
+        upto, after = chunk_sums(g)
+        q_in, k_out, kept = q * jnp.exp(upto), k * jnp.exp(after), jnp.exp(upto[..., -1, :, None])
+        if g.shape[-1] == 1:
+            decay = jnp.exp(pair_sums(g[..., 0]))
+            inside = mm(q, k.mT) * decay
+            if not form.own:
+                inside = jnp.tril(inside, -1)
+        else:
+            inside = decayed_products(q, k, g, precision)
+            if form.own:
+                inside += jnp.sum(q * k, -1)[..., None] * jnp.eye(form.chunk_size, dtype=dtype)
+    added = mm(k_out.mT, v)  # [N, B, H, K, V]
+
+    def step(state: jax.Array, chunk: tuple[jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        kept, added = chunk
+        return (state if kept is None else state * kept) + added, state
+
+    state, before = lax.scan(step, state, (kept, added))
+    out = form.scale * (mm(q_in, before) + mm(inside, v))
+    return state, join(out, time).astype(out_dtype)
+
+
+def forward(form: Form, q, k, v, log_decay, initial_state):
+    """As `linear_attention` with canonical arguments, see `form.py`. Returns (out, final_state)."""
+    length = block_length(initial_state, form.chunk_size)
+    return recompute.forward(partial(_block, form), length, initial_state, (q, k, v, log_decay))
+
+
+def backward(form: Form, q, k, v, log_decay, initial_state, d_out, d_final):
+    """Cotangents of (out, final_state) → those of (q, k, v, log_decay, initial_state)."""
+    length = block_length(initial_state, form.chunk_size)
+    d_initial, d_inputs = recompute.backward(
+        partial(_block, form), length, initial_state, (q, k, v, log_decay), d_out, d_final
+    )
+    return *d_inputs, d_initial

@@ -1,0 +1,28 @@
+"""Packed sequences as decay: at the first token of a segment the log decay is so low that exp gives exactly 0.
+
+A forgotten state and a reset state are then the same thing, forward and backward, and no kernel needs to know of
+segments. This relies on every form summing log decays without ever subtracting them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# exp(RESET) is 0 in every dtype, and sums of thousands of them stay finite, which those of -inf times a mask would not.
+RESET = -1e5
+
+
+def starts(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] ids → [B, T] bool: True where the id differs from the one before; False at time 0, which goes on from the initial state."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))
+
+
+def with_resets(log_decay: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array | None:
+    """Log decay [B, T, H, F] or None, and ids [B, T] or None → float log decay [B, T, H, F] with RESET at segment starts.
+
+    None where both are; [B, T, 1, 1] where only the decay is. -inf becomes RESET, whose exp is 0 too.
+    """
+    if segment_ids is None:
+        return None if log_decay is None else jnp.maximum(log_decay, RESET)
+    reset = jnp.where(starts(segment_ids), RESET, 0.0)[..., None, None]
+    return reset.astype(jnp.float32) if log_decay is None else jnp.maximum(log_decay, RESET) + reset
