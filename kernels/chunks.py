@@ -7,7 +7,7 @@ from kernels import dispatch
 
 
 def compute_dtype(*arrays: jax.Array) -> tuple[jnp.dtype, jax.lax.Precision]:
-    """float32, or float64 where an array is; half precision arrays do with the accelerator's default for matrix products."""
+    """float32, or float64 where an array is; for half precision, the accelerator's own way to multiply matrices."""
     dtype = jnp.result_type(*arrays)
     half = dtype in (jnp.bfloat16, jnp.float16)
     return (

@@ -27,7 +27,7 @@ def _corner(left: jax.Array, low: jax.Array, right: jax.Array, fill: float) -> j
 
 
 def _levels(g: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """[..., C, F] → for blocks of s = 1, 2, …, C tokens: (sums up to and with i, sums after j), each [..., C/s, s, F]."""
+    """[..., C, F] → for blocks of s = 1, 2, …, C tokens: sums up to and with i, and after j, each [..., C/s, s, F]."""
     upto, after = g[..., None, :], jnp.zeros_like(g)[..., None, :]
     levels = [(upto, after)]
     while upto.shape[-3] > 1:
@@ -39,7 +39,7 @@ def _levels(g: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def chunk_sums(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., C, F] log decays → (from the chunk's start up to and with i, after j to the chunk's end), each [..., C, F]."""
+    """[..., C, F] log decays → sums from the chunk's start to i, and from after j to its end, each [..., C, F]."""
     upto, after = _levels(g)[-1]
     return upto[..., 0, :, :], after[..., 0, :, :]
 
@@ -56,7 +56,7 @@ def pair_sums(g: jax.Array) -> jax.Array:
 
 
 def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precision: jax.lax.Precision) -> jax.Array:
-    """[..., C, K] three times → [..., C, C]: at (i, j), i > j, sum_k rows_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}); else 0."""
+    """[..., C, K] each → [..., C, C]: sum_k rows_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}) where i > j, else 0."""
     products = jnp.zeros((*jnp.broadcast_shapes(rows.shape[:-1], columns.shape[:-1]), 1, 1), g.dtype)
     for upto, after in _levels(g)[:-1]:
         size = upto.shape[-2]

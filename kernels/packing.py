@@ -12,13 +12,13 @@ RESET = -1e5
 
 
 def starts(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] ids → [B, T] bool: True where the id differs from the one before; False at time 0, which goes on from the initial state."""
+    """[B, T] ids → [B, T] bool: True where the id differs from the one before; False at time 0."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))
 
 
 def with_resets(log_decay: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array | None:
-    """Log decay [B, T, H, F] or None, and ids [B, T] or None → float log decay [B, T, H, F] with RESET at segment starts.
+    """Log decay [B, T, H, F] or None, ids [B, T] or None → log decay [B, T, H, F] with RESET at segment starts.
 
     None where both are; [B, T, 1, 1] where only the decay is. -inf becomes RESET, whose exp is 0 too.
     """

@@ -15,8 +15,7 @@ from kernels.checks import (
     check_shape,
 )
 from kernels.chunks import compute_dtype, repeat_heads
-from kernels.linear_attention import tpu, xla
-from kernels.linear_attention import reference as definition
+from kernels.linear_attention import reference, tpu, xla
 from kernels.linear_attention.form import Form
 from kernels.packing import with_resets
 
@@ -47,8 +46,8 @@ def linear_attention(
         neighbouring heads.
       log_decay: None, [H], [B, T, Hg] or [B, T, Hg, K] with Hg dividing H; at most 0. -inf forgets the state.
       scale: of the output; K**-0.5 unless given.
-      causal: False also lets a token see later ones: its output gains scale · S'_tᵀ q_t of the recurrence run backwards in
-        time over the tokens after it, in which token j > t has decayed by exp(log_decay_t + … + log_decay_{j-1}).
+      causal: False also lets a token see later ones: its output gains scale · S'_tᵀ q_t of the recurrence run backwards
+        in time over the tokens after it, in which token j > t has decayed by exp(log_decay_t + … + log_decay_{j-1}).
         `initial_state` and `final_state` remain those of the forward direction.
       initial_state: [B, H, K, V], zeros unless given; enters the first segment.
       segment_ids: [B, T] integers; the state starts from zero wherever the id changes.
@@ -88,19 +87,17 @@ def linear_attention(
         q, k, v = (repeat_heads(x, heads) for x in (q, k, v))
         if log_decay is not None:
             log_decay = repeat_heads(log_decay, heads)
-        return definition.linear_attention(q, k, v, log_decay, initial_state, segment_ids, scale=scale, causal=causal)
+        return reference.linear_attention(q, k, v, log_decay, initial_state, segment_ids, scale=scale, causal=causal)
     if not causal and log_decay is None and segment_ids is None and implementation != "pallas":
         return _all_to_all(q, k, v, initial_state, scale)
 
     attend = partial(_attend, implementation, refusal)
-    arrays = (q, k, v)
-    out, final_state = attend(Form(scale, chunk_size), *arrays, with_resets(log_decay, segment_ids), initial_state)
+    out, final_state = attend(Form(scale, chunk_size), q, k, v, with_resets(log_decay, segment_ids), initial_state)
     if not causal:
-        *arrays, log_decay, segment_ids = (
-            None if x is None else jnp.flip(x, 1) for x in (*arrays, log_decay, segment_ids)
-        )
+        back = [jnp.flip(x, 1) for x in (q, k, v)]
+        log_decay, segment_ids = (x if x is None else jnp.flip(x, 1) for x in (log_decay, segment_ids))
         nothing = jnp.zeros_like(initial_state)
-        later, _ = attend(Form(scale, chunk_size, own=False), *arrays, with_resets(log_decay, segment_ids), nothing)
+        later, _ = attend(Form(scale, chunk_size, own=False), *back, with_resets(log_decay, segment_ids), nothing)
         out += jnp.flip(later, 1)
     return out, final_state
 
@@ -139,12 +136,11 @@ def linear_attention_step(
     if log_decay is not None and jnp.ndim(log_decay) > 1:
         log_decay = jnp.expand_dims(log_decay, 1)
     log_decay = canonical_decay(op, log_decay, sizes | {"T": 1}, heads)
-    token = [x[:, None] for x in (q, k, v)]
-    scale = float(sizes["K"]) ** -0.5 if scale is None else float(scale)
-    token = [repeat_heads(x, heads) for x in token]
+    q, k, v = (repeat_heads(x[:, None], heads) for x in (q, k, v))
     if log_decay is not None:
         log_decay = repeat_heads(log_decay, heads)
-    out, state = definition.linear_attention(*token, log_decay, state, None, scale=scale, causal=True)
+    scale = float(sizes["K"]) ** -0.5 if scale is None else float(scale)
+    out, state = reference.linear_attention(q, k, v, log_decay, state, None, scale=scale, causal=True)
     return out[:, 0], state
 
 

@@ -13,4 +13,4 @@ class Form:
     scale: float
     chunk_size: int
     own: bool = True
-    """Whether a token's output holds its own key and value; the second direction of the bidirectional form leaves them out."""
+    """Whether an output holds its own token's key and value; they count once, so the way back leaves them out."""

@@ -18,7 +18,10 @@ def linear_attention(
     scale: float,
     causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """As the public operation, with q, k, v of H heads and log_decay None or [B, T, H, 1 or K]; computes in the state's dtype."""
+    """As the public operation, with H heads in every array and log_decay None or [B, T, H, 1 or K].
+
+    Computes in the dtype of `initial_state`.
+    """
     dtype = initial_state.dtype
     tokens = {"q": q.astype(dtype) * scale, "k": k.astype(dtype), "v": v.astype(dtype)}
     tokens["decay"] = jnp.ones((*k.shape[:-1], 1), dtype) if log_decay is None else jnp.exp(log_decay.astype(dtype))

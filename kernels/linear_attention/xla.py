@@ -6,13 +6,14 @@ The states of a block of chunks follow by a short scan, the rest is done for all
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels import recompute
-from kernels.chunks import block_length, compute_dtype, repeat_heads, split, join
+from kernels.chunks import block_length, compute_dtype, join, repeat_heads, split
 from kernels.decay import chunk_sums, decayed_products, pair_sums
 from kernels.linear_attention.form import Form
 
@@ -27,10 +28,10 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
     log_decay = inputs[3]
     mm = partial(jnp.matmul, precision=precision)
 
+    q_in, k_out, kept = q, k, jnp.ones((q.shape[0], 1, 1, 1, 1), dtype)
     if log_decay is None:
         products = mm(q, k.mT)
         inside = jnp.tril(products, 0 if form.own else -1)
-        q_in, k_out, kept = q, k, None
     else:
         g = split(repeat_heads(log_decay, heads), form.chunk_size, dtype)  # [N, B, H, C, 1 or K]
         upto, after = chunk_sums(g)
@@ -46,22 +47,33 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
                 inside += jnp.sum(q * k, -1)[..., None] * jnp.eye(form.chunk_size, dtype=dtype)
     added = mm(k_out.mT, v)  # [N, B, H, K, V]
 
-    def step(state: jax.Array, chunk: tuple[jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         kept, added = chunk
-        return (state if kept is None else state * kept) + added, state
+        return state * kept + added, state
 
     state, before = lax.scan(step, state, (kept, added))
     out = form.scale * (mm(q_in, before) + mm(inside, v))
     return state, join(out, time).astype(out_dtype)
 
 
-def forward(form: Form, q, k, v, log_decay, initial_state):
+def forward(
+    form: Form, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, initial_state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """As `linear_attention` with canonical arguments, see `form.py`. Returns (out, final_state)."""
     length = block_length(initial_state, form.chunk_size)
     return recompute.forward(partial(_block, form), length, initial_state, (q, k, v, log_decay))
 
 
-def backward(form: Form, q, k, v, log_decay, initial_state, d_out, d_final):
+def backward(
+    form: Form,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array,
+    d_out: jax.Array,
+    d_final: jax.Array,
+) -> tuple[Any, ...]:
     """Cotangents of (out, final_state) → those of (q, k, v, log_decay, initial_state)."""
     length = block_length(initial_state, form.chunk_size)
     d_initial, d_inputs = recompute.backward(

@@ -1,0 +1,95 @@
+"""Bricks for the insides of TPU kernels: functions of 2-D float32 tiles that Mosaic lowers, forward and backward.
+
+Mosaic has no running sum, so sums of log decays are products with 0/1 matrices made from iotas, in full float32. As in
+`kernels.decay` only the wanted terms are summed and nothing is subtracted. C is the number of tokens of a chunk, a power
+of two; a gate of one number a token comes as a row [1, C], a gate of K channels as [C, K].
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Which axis of each operand is summed over; n: as it is, t: transposed.
+_CONTRACTED = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dot(a: jax.Array, b: jax.Array, form: str, precision: lax.Precision) -> jax.Array:
+    """a b ("nn"), a bᵀ ("nt") or aᵀ b ("tn"); its gradients are of these three forms again, so that nothing is transposed in memory."""
+    left, right = _CONTRACTED[form]
+    return lax.dot_general(
+        a, b, (((left,), (right,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _dot_forward(a, b, form, precision):
+    return dot(a, b, form, precision), (a, b)
+
+
+def _dot_backward(form, precision, operands, d):
+    a, b = operands
+    if form == "nn":
+        return dot(d, b, "nt", precision), dot(a, d, "tn", precision)
+    if form == "nt":
+        return dot(d, b, "nn", precision), dot(d, a, "tn", precision)
+    return dot(b, d, "nt", precision), dot(a, d, "nn", precision)
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
+def token_indices(size: int) -> tuple[jax.Array, jax.Array]:
+    """[C, C] twice: the token of the row and the token of the column."""
+    return lax.broadcasted_iota(jnp.int32, (size, size), 0), lax.broadcasted_iota(jnp.int32, (size, size), 1)
+
+
+def _sums(mask: jax.Array, g: jax.Array) -> jax.Array:
+    """[C, C] bool and [C, K] → [C, K]: sums of the rows that the mask's rows choose."""
+    return dot(mask.astype(jnp.float32), g, "nn", lax.Precision.HIGHEST)
+
+
+def column(row: jax.Array) -> jax.Array:
+    """[1, C] → [C, 1]."""
+    i, j = token_indices(row.shape[1])
+    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+
+
+def chunk_sums(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log decays → up to and with each token, after it, and all of them: [C, 1], [C, 1], [1, 1] or [C, K], [C, K], [1, K]."""
+    if g.shape[0] == 1:
+        i, j = token_indices(g.shape[1])
+        upto = jnp.sum(jnp.where(j <= i, g, 0.0), axis=1, keepdims=True)
+        after = jnp.sum(jnp.where(j > i, g, 0.0), axis=1, keepdims=True)
+        return upto, after, jnp.sum(g, axis=1, keepdims=True)
+    i, j = token_indices(g.shape[0])
+    return _sums(j <= i, g), _sums(j > i, g), jnp.sum(g, axis=0, keepdims=True)
+
+
+def pair_decays(g: jax.Array) -> jax.Array:
+    """[1, C] log decays → [C, C]: exp(g_{j+1} + … + g_i) at (i, j), i > j; 1 elsewhere."""
+    i, j = token_indices(g.shape[1])
+    upto = jnp.where(j <= i, g, 0.0)
+    return jnp.exp(dot(upto, (i > j).astype(jnp.float32), "nn", lax.Precision.HIGHEST))
+
+
+def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precision: lax.Precision) -> jax.Array:
+    """[C, K] three times → [C, C]: at (i, j), i > j, sum_k rows_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}); else 0.
+
+    By doubling as in `kernels.decay`: pairs whose tokens lie in the right and the left one of two neighbouring blocks of
+    1, 2, 4, … tokens.
+    """
+    size = g.shape[0]
+    i, j = token_indices(size)
+    apart = i ^ j  # its highest bit is the level at which i and j part
+    products = jnp.zeros((size, size), jnp.float32)
+    level = 1
+    while level < size:
+        # In a right block the sum up to i within the block, in a left one that after i.
+        within = (apart < level) & (((i & level) != 0) == (j <= i))
+        decay = jnp.exp(_sums(within, g))
+        pairs = (apart >= level) & (apart < 2 * level) & (i > j)
+        products += jnp.where(pairs, dot(rows * decay, columns * decay, "nt", precision), 0.0)
+        level *= 2
+    return products
