@@ -1,11 +1,12 @@
 """Bricks for the insides of TPU kernels: functions of 2-D float32 tiles that Mosaic lowers, forward and backward.
 
 Mosaic has no running sum, so sums of log decays are products with 0/1 matrices made from iotas, in full float32. As in
-`kernels.decay` only the wanted terms are summed and nothing is subtracted. C is the number of tokens of a chunk, a power
-of two; a gate of one number a token comes as a row [1, C], a gate of K channels as [C, K].
+`kernels.decay` only the wanted terms are summed and nothing is subtracted. C is the number of tokens of a chunk, a
+power of two; a gate of one number a token comes as a row [1, C], a gate of K channels as [C, K].
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,18 @@ _CONTRACTED = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dot(a: jax.Array, b: jax.Array, form: str, precision: lax.Precision) -> jax.Array:
-    """a b ("nn"), a bᵀ ("nt") or aᵀ b ("tn"); its gradients are of these three forms again, so that nothing is transposed in memory."""
+    """a b ("nn"), a bᵀ ("nt") or aᵀ b ("tn"); the gradients are of these forms again, so nothing gets transposed."""
     left, right = _CONTRACTED[form]
     return lax.dot_general(
         a, b, (((left,), (right,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _dot_forward(a, b, form, precision):
+def _dot_forward(a: jax.Array, b: jax.Array, form: str, precision: lax.Precision) -> Any:
     return dot(a, b, form, precision), (a, b)
 
 
-def _dot_backward(form, precision, operands, d):
+def _dot_backward(form: str, precision: lax.Precision, operands: Any, d: jax.Array) -> tuple[jax.Array, jax.Array]:
     a, b = operands
     if form == "nn":
         return dot(d, b, "nt", precision), dot(a, d, "tn", precision)
@@ -57,7 +58,7 @@ def column(row: jax.Array) -> jax.Array:
 
 
 def chunk_sums(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log decays → up to and with each token, after it, and all of them: [C, 1], [C, 1], [1, 1] or [C, K], [C, K], [1, K]."""
+    """Sums of log decays up to and with each token, after it, and in all: [C, 1] or [C, K] twice, [1, 1] or [1, K]."""
     if g.shape[0] == 1:
         i, j = token_indices(g.shape[1])
         upto = jnp.sum(jnp.where(j <= i, g, 0.0), axis=1, keepdims=True)
@@ -77,8 +78,8 @@ def pair_decays(g: jax.Array) -> jax.Array:
 def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precision: lax.Precision) -> jax.Array:
     """[C, K] three times → [C, C]: at (i, j), i > j, sum_k rows_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}); else 0.
 
-    By doubling as in `kernels.decay`: pairs whose tokens lie in the right and the left one of two neighbouring blocks of
-    1, 2, 4, … tokens.
+    By doubling as in `kernels.decay`: pairs whose tokens lie in the right and the left one of two neighbouring blocks
+    of 1, 2, 4, … tokens.
     """
     size = g.shape[0]
     i, j = token_indices(size)

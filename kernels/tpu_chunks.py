@@ -1,9 +1,9 @@
 """Walking over chunks of time in a TPU kernel, one head of one example after another, the state staying on the chip.
 
 An operation gives `chunk(state, tiles) -> (state, out)`, a function of float32 tiles: state [V, K] (transposed, so that
-a decay of K channels is a row of it), `tiles` a pytree of [C, F] and, for one number a token, [1, C]; out is [C, V]. The
-backward kernel is that function's VJP, traced inside the kernel. States are stored once a block of chunks and computed
-again in between.
+a decay of K channels is a row of it), `tiles` a pytree of [C, F] and, for one number a token, [1, C]; out is [C, V].
+The backward kernel is that function's VJP, traced inside the kernel. States are stored once a block of chunks and
+computed again in between.
 
 The arrays of `tokens` are [B, T, G, F] with any G that divides H; heads share theirs through the index maps.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -70,11 +71,14 @@ def _time_first(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _token_spec(walk: Walk, heads: int, x: jax.Array, at: Callable[[Any], Any]) -> pl.BlockSpec:
     """The block of a head-first array for head h and step n of the grid; `at` turns time round in the backward pass."""
-    share = heads // x.shape[1]
+
+    def group(h):
+        return lax.div(h, np.int32(heads // x.shape[1]))
+
     if x.ndim == 5:
-        return pl.BlockSpec((None, None, walk.chunks, 1, walk.size), lambda b, h, n: (b, h // share, at(n), 0, 0))
+        return pl.BlockSpec((None, None, walk.chunks, 1, walk.size), lambda b, h, n: (b, group(h), at(n), 0, 0))
     rows = walk.chunks * walk.size
-    return pl.BlockSpec((None, None, rows, x.shape[3]), lambda b, h, n: (b, h // share, at(n), 0))
+    return pl.BlockSpec((None, None, rows, x.shape[3]), lambda b, h, n: (b, group(h), at(n), 0))
 
 
 def _state_spec(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -100,7 +104,7 @@ def _call(kernel: Callable[..., None], walk: Walk, state: jax.Array, name: str, 
     )
 
 
-def _forward_kernel(chunk: Chunk, walk: Walk, tokens, initial, out, final, state):
+def _forward_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, out: Any, final: Any, state: Any) -> None:
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -118,7 +122,7 @@ def _forward_kernel(chunk: Chunk, walk: Walk, tokens, initial, out, final, state
         final[...] = state[...]
 
 
-def _states_kernel(chunk: Chunk, walk: Walk, tokens, initial, starts, state):
+def _states_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, starts: Any, state: Any) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = initial[...]
@@ -131,7 +135,8 @@ def _states_kernel(chunk: Chunk, walk: Walk, tokens, initial, starts, state):
     lax.fori_loop(0, walk.chunks, step, None)
 
 
-def _backward_kernel(chunk: Chunk, walk: Walk, tokens, start, d_out, d_final, d_tokens, d_initial, states, d_state):
+def _backward_kernel(chunk: Chunk, walk: Walk, *refs: Any) -> None:
+    tokens, start, d_out, d_final, d_tokens, d_initial, states, d_state = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -163,7 +168,11 @@ def _backward_kernel(chunk: Chunk, walk: Walk, tokens, start, d_out, d_final, d_
 
 
 def forward(name: str, chunk: Chunk, size: int, tokens: Any, initial: jax.Array, out_like: jax.Array) -> Any:
-    """Walks `chunk` over time from `initial` [B, H, K, V]. Returns (out [B, T, H, V] in the dtype of `out_like`, final state)."""
+    """Walks `chunk` over time from `initial` [B, H, K, V]; `out_like` has the output's shape [B, T, H, V] and dtype.
+
+    Returns:
+      out and the final state [B, H, K, V].
+    """
     walk = Walk.over(out_like.shape[1], size)
     initial = initial.mT
     batch, heads, width, _ = initial.shape
