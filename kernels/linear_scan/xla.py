@@ -32,7 +32,7 @@ def _split(x: jax.Array, chunks: int) -> jax.Array:
 
 
 def _split_decay(log_decay: jax.Array, shape: tuple[int, ...], chunks: int) -> jax.Array:
-    """Log decay [1, 1, F] of arrays of `shape` stays as it is unless there is filling, which must not decay the state."""
+    """Log decay [1, 1, F] stays as it is unless arrays of `shape` are filled up: filling must not decay the state."""
     if log_decay.shape != shape and shape[1] % chunks == 0:
         return log_decay
     return _split(jnp.broadcast_to(log_decay, shape), chunks)
