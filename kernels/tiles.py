@@ -46,6 +46,12 @@ def token_indices(size: int) -> tuple[jax.Array, jax.Array]:
     return lax.broadcasted_iota(jnp.int32, (size, size), 0), lax.broadcasted_iota(jnp.int32, (size, size), 1)
 
 
+def _parting(i: jax.Array, j: jax.Array, level: int) -> jax.Array:
+    """Where i and j lie in the right and the left one of two neighbouring blocks of `level` tokens."""
+    apart = i ^ j  # the highest bit tells the level
+    return (apart >= level) & (apart < 2 * level) & (i > j)
+
+
 def _sums(mask: jax.Array, g: jax.Array) -> jax.Array:
     """[C, C] bool and [C, K] → [C, K]: sums of the rows that the mask's rows choose."""
     return dot(mask.astype(jnp.float32), g, "nn", lax.Precision.HIGHEST)
@@ -83,14 +89,53 @@ def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precisio
     """
     size = g.shape[0]
     i, j = token_indices(size)
-    apart = i ^ j  # its highest bit is the level at which i and j part
     products = jnp.zeros((size, size), jnp.float32)
     level = 1
     while level < size:
         # In a right block the sum up to i within the block, in a left one that after i.
-        within = (apart < level) & (((i & level) != 0) == (j <= i))
+        within = (i ^ j < level) & (((i & level) != 0) == (j <= i))
         decay = jnp.exp(_sums(within, g))
-        pairs = (apart >= level) & (apart < 2 * level) & (i > j)
-        products += jnp.where(pairs, dot(rows * decay, columns * decay, "nt", precision), 0.0)
+        products += jnp.where(_parting(i, j, level), dot(rows * decay, columns * decay, "nt", precision), 0.0)
         level *= 2
     return products
+
+
+def _inverse(a: jax.Array) -> jax.Array:
+    """[C, C], strictly lower triangular → (I + a)⁻¹.
+
+    Block by block: [[I + a_11, 0], [a_21, I + a_22]]⁻¹ = [[x_1, 0], [-x_2 a_21 x_1, x_2]], with x_1 and x_2 the inverses
+    of the diagonal blocks, of 1, 2, 4, … rows. All intermediate numbers are part of the inverse, unlike those of the
+    power series of a, which cancel where keys repeat.
+    """
+    i, j = token_indices(a.shape[0])
+    inverse = (i == j).astype(jnp.float32)
+    level = 1
+    while level < a.shape[0]:
+        corner = jnp.where(_parting(i, j, level), a, 0.0)
+        if level > 1:
+            corner = dot(dot(inverse, corner, "nn", lax.Precision.HIGHEST), inverse, "nn", lax.Precision.HIGHEST)
+        inverse -= corner
+        level *= 2
+    return inverse
+
+
+@jax.custom_vjp
+def solve(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[C, C], strictly lower triangular, and [C, V] → (I + a)⁻¹ b."""
+    return dot(_inverse(a), b, "nn", lax.Precision.HIGHEST)
+
+
+def _solve_forward(a: jax.Array, b: jax.Array) -> Any:
+    inverse = _inverse(a)
+    solved = dot(inverse, b, "nn", lax.Precision.HIGHEST)
+    return solved, (inverse, solved)
+
+
+def _solve_backward(kept: Any, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse, solved = kept
+    d_b = dot(inverse, d, "tn", lax.Precision.HIGHEST)
+    i, j = token_indices(inverse.shape[0])
+    return jnp.where(i > j, -dot(d_b, solved, "nt", lax.Precision.HIGHEST), 0.0), d_b
+
+
+solve.defvjp(_solve_forward, _solve_backward)
