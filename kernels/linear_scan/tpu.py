@@ -132,7 +132,7 @@ def _call(
     batch, time, features = inputs[0][0].shape
     parts = len(initial)
     size = min(BLOCK // parts, pl.cdiv(time, STEP) * STEP)
-    width = min(features, FEATURES)
+    width = min(features, FEATURES // parts)
     blocks = pl.cdiv(time, size)
     over_time = pl.BlockSpec((None, size, width), lambda b, f, n: (b, blocks - 1 - n if reverse else n, f))
     once = pl.BlockSpec((None, 1, width), lambda b, f, n: (b, 0, f))

@@ -82,12 +82,6 @@ def _column(x: jax.Array, n: int) -> jax.Array:
     return x[:, n : n + 1]
 
 
-def _from_columns(columns: Sequence[jax.Array]) -> jax.Array:
-    """[N, 1] a token → [16, N]."""
-    lane = lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], STEP), 1)
-    return sum((jnp.where(lane == n, column, 0.0) for n, column in enumerate(columns)), jnp.zeros(lane.shape)).T
-
-
 def _groups(size: int, body: Callable[[Any, Any], Any], carry: Any, *, reverse: bool = False) -> Any:
     """Runs `body(start, carry)` for every sixteen tokens of a block."""
     count = size // STEP
@@ -101,26 +95,24 @@ def _left(time: int, size: int, block: Any) -> Any | None:
 
 
 def _forward_kernel(time: int, *refs: Any) -> None:
-    """Refs: u, delta, B, [reset,] C, A, D, initial state; y, final state; waiting state."""
-    u, delta, B, *reset, C, A, D, initial, y, final, waiting = refs
+    """Refs: u, delta, B, [reset,] C, A, D, initial state; y, state so far; sixteen rows."""
+    u, delta, B, *reset, C, A, D, initial, y, final, rows = refs
     size = u.shape[0]
     block = _Block(u, delta, B, reset[0] if reset else None, _left(time, size, pl.program_id(2)))
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        waiting[...] = initial[...]
+        final[...] = initial[...]
 
     def step(start: Any, state: jax.Array) -> jax.Array:
         tokens, c = block.tokens(start), block.read(C, start).T
-        rows = []
         for n in range(STEP):
             state = tokens.decay(n, A[...]) * state + tokens.added(n)
-            rows.append(jnp.sum(_column(c, n) * state, 0, keepdims=True))
-        y[pl.ds(start, STEP), :] = (jnp.concatenate(rows, 0) + D[...] * tokens.u).astype(y.dtype)
+            rows[n : n + 1, :] = jnp.sum(_column(c, n) * state, 0, keepdims=True)
+        y[pl.ds(start, STEP), :] = (rows[...] + D[...] * tokens.u).astype(y.dtype)
         return state
 
-    waiting[...] = _groups(size, step, waiting[...])
-    final[...] = waiting[...]
+    final[...] = _groups(size, step, final[...])
 
 
 def _starts_kernel(time: int, *refs: Any) -> None:
@@ -145,9 +137,10 @@ def _starts_kernel(time: int, *refs: Any) -> None:
 
 def _backward_kernel(time: int, *refs: Any) -> None:
     """Refs: u, delta, B, [reset,] C, d_y, A, D, start state, d_final; d_u, d_delta, d_B, d_C, d_A, d_initial;
-    states.
+    states, two times sixteen rows.
     """
-    u, delta, B, *reset, C, d_y, A, D, start_state, d_final, d_u, d_delta, d_B, d_C, d_A, d_initial, states = refs
+    *inputs, d_u, d_delta, d_B, d_C, d_A, d_initial, states, rows = refs
+    u, delta, B, *reset, C, d_y, A, D, start_state, d_final = inputs
     size = u.shape[0]
     number = pl.num_programs(2) - 1 - pl.program_id(2)
     block = _Block(u, delta, B, reset[0] if reset else None, _left(time, size, number))
@@ -169,29 +162,24 @@ def _backward_kernel(time: int, *refs: Any) -> None:
     def step(start: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         later, sum_A = carry
         tokens, c, d_out = block.tokens(start), block.read(C, start).T, block.read(d_y, start)
-        given = []
+        lane = lax.broadcasted_iota(jnp.int32, tokens.B.shape, 1)
+        for_B = for_C = jnp.zeros_like(tokens.B)
         for n in reversed(range(STEP)):
             delta, d_row = _row(tokens.delta, n), _row(d_out, n)
-            decay = tokens.decay(n, A[...])
             d_state = later + _column(c, n) * d_row
-            later = decay * d_state
+            later = tokens.decay(n, A[...]) * d_state
             d_log_decay = later * states[start + n]
             sum_A += d_log_decay * delta
-            given.append(
-                (
-                    jnp.sum(d_state * _column(tokens.B, n), 0, keepdims=True),
-                    jnp.sum(d_log_decay * A[...], 0, keepdims=True),
-                    jnp.sum(d_state * (delta * _row(tokens.u, n)), 1, keepdims=True),
-                    jnp.sum(states[start + n + 1] * d_row, 1, keepdims=True),
-                )
-            )
-        through_input, through_decay, for_B, for_C = zip(*reversed(given), strict=True)
-        d_input = jnp.concatenate(through_input, 0)
+            rows[0, n : n + 1, :] = jnp.sum(d_state * _column(tokens.B, n), 0, keepdims=True)
+            rows[1, n : n + 1, :] = jnp.sum(d_log_decay * A[...], 0, keepdims=True)
+            added_B = jnp.sum(d_state * (delta * _row(tokens.u, n)), 1, keepdims=True)
+            for_B = jnp.where(lane == n, added_B, for_B)
+            for_C = jnp.where(lane == n, jnp.sum(states[start + n + 1] * d_row, 1, keepdims=True), for_C)
         here = pl.ds(start, STEP)
-        d_u[here, :] = (d_input * tokens.delta + D[...] * d_out).astype(d_u.dtype)
-        d_delta[here, :] = (d_input * tokens.u + jnp.concatenate(through_decay, 0)).astype(d_delta.dtype)
-        d_B[here, :] = _from_columns(for_B)
-        d_C[here, :] = _from_columns(for_C)
+        d_u[here, :] = (rows[0] * tokens.delta + D[...] * d_out).astype(d_u.dtype)
+        d_delta[here, :] = (rows[0] * tokens.u + rows[1]).astype(d_delta.dtype)
+        d_B[here, :] = for_B.T
+        d_C[here, :] = for_C.T
         return later, sum_A
 
     d_initial[...], d_A[...] = _groups(size, step, (d_initial[...], d_A[...]), reverse=True)
@@ -249,9 +237,13 @@ class _Grid:
         return self._spec((None, None, self.states, self.width), lambda b, f, n: (b, n, 0, f))
 
     def call(
-        self, kernel: Callable[..., None], inputs: Sequence[Pair], outputs: Sequence[Pair], scratch: tuple[int, ...]
+        self,
+        kernel: Callable[..., None],
+        inputs: Sequence[Pair],
+        outputs: Sequence[Pair],
+        scratch: Sequence[tuple[int, ...]],
     ) -> list[jax.Array]:
-        """Inputs and outputs are pairs of an array (or its shape and dtype) and its spec."""
+        """Inputs and outputs are pairs of an array (or its shape and dtype) and its spec; scratch shapes lack a width."""
         arrays, in_specs = zip(*inputs, strict=True)
         shapes, out_specs = zip(*outputs, strict=True)
         return pl.pallas_call(
@@ -260,7 +252,7 @@ class _Grid:
             in_specs=in_specs,
             out_specs=out_specs,
             out_shape=shapes,
-            scratch_shapes=[pltpu.VMEM((*scratch, self.states, self.width), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((*shape, self.width), jnp.float32) for shape in scratch],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
             name=f"selective_scan{kernel.__name__.removesuffix('_kernel')}",
         )(*arrays)
@@ -283,7 +275,7 @@ def forward(u, delta, A, B, C, D, initial_state, reset):
         (initial_state, grid.state()),
     ]
     outputs = [(_like(u), grid.by_feature()), (_like(initial_state), grid.state())]
-    return tuple(grid.call(_forward_kernel, inputs, outputs, ()))
+    return tuple(grid.call(_forward_kernel, inputs, outputs, [(STEP,)]))
 
 
 def backward(u, delta, A, B, C, D, initial_state, reset, d_y, d_final):
@@ -297,7 +289,7 @@ def backward(u, delta, A, B, C, D, initial_state, reset, d_y, d_final):
     ]
     shape = (grid.batch, grid.blocks, grid.states, grid.features)
     (start_states,) = grid.call(
-        _starts_kernel, inputs, [(jax.ShapeDtypeStruct(shape, jnp.float32), grid.start_states())], ()
+        _starts_kernel, inputs, [(jax.ShapeDtypeStruct(shape, jnp.float32), grid.start_states())], [(grid.states,)]
     )
 
     grid = replace(grid, reverse=True)
@@ -315,9 +307,11 @@ def backward(u, delta, A, B, C, D, initial_state, reset, d_y, d_final):
     partial_sums = (jax.ShapeDtypeStruct(shape, jnp.float32), grid.partial_by_token())
     state = (_like(initial_state), grid.state())
     outputs = [(_like(u), tokens[1]), (_like(delta), tokens[1]), partial_sums, partial_sums, state, state]
-    d_u, d_delta, d_B, d_C, d_A, d_initial = grid.call(_backward_kernel, inputs, outputs, (grid.size + 1,))
+    scratch = [(grid.size + 1, grid.states), (2, STEP)]
+    d_u, d_delta, d_B, d_C, d_A, d_initial = grid.call(_backward_kernel, inputs, outputs, scratch)
     d_D = jnp.sum(d_y.astype(jnp.float32) * u.astype(jnp.float32), (0, 1))
-    return d_u, d_delta, jnp.sum(d_A, 0), jnp.sum(d_B, 1), jnp.sum(d_C, 1), d_D, d_initial
+    d_B, d_C = (jnp.sum(d, 1).astype(x.dtype) for d, x in ((d_B, B), (d_C, C)))
+    return d_u, d_delta, jnp.sum(d_A, 0), d_B, d_C, d_D, d_initial
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,7 @@ The backward pass keeps the state at the start of every block of tokens, compute
 again, and runs through it backwards. A is given as [N, D], the states as [B, N, D]: features side by side.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 Token = tuple[jax.Array, ...]
+
+_sum = partial(jnp.einsum, precision="highest")
 
 
 def _token(arrays: Token, n: Any, dtype: jnp.dtype) -> Token:
@@ -49,7 +52,7 @@ def forward(u, delta, A, B, C, D, initial_state, reset):
         state, y = carry
         token = _token(arrays, n, dtype)
         state = _update(state, A, *token)
-        read = jnp.sum(_token((C,), n, dtype)[0][..., None] * state, 1)
+        read = _sum("bn,bnd->bd", _token((C,), n, dtype)[0], state)
         return state, _write(y, (read + D * token[0],), n)
 
     final_state, (y,) = lax.fori_loop(0, u.shape[1], step, (initial_state, (jnp.zeros_like(u),)))
@@ -97,12 +100,12 @@ def backward(u, delta, A, B, C, D, initial_state, reset, d_y, d_final):
             state = kept + b[..., None] * (dt * x)[:, None]
             d_state = later + c[..., None] * d_out[:, None]
             d_log_decay = d_state * kept
-            d_input = jnp.sum(d_state * b[..., None], 1)
+            d_input = _sum("bn,bnd->bd", b, d_state)
             token = (
                 d_input * dt + D * d_out,
                 d_input * x + jnp.sum(d_log_decay * A, 1),
-                jnp.sum(d_state * (dt * x)[:, None], 2),
-                jnp.sum(state * d_out[:, None], 2),
+                _sum("bnd,bd->bn", d_state, dt * x),
+                _sum("bnd,bd->bn", state, d_out),
             )
             return decay * d_state, d_A + d_log_decay * dt[:, None], _write(gradients, token, n)
 
