@@ -28,14 +28,14 @@ def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
 
 
 def split(x: jax.Array, chunk_size: int, dtype: jnp.dtype) -> jax.Array:
-    """[B, T, H, F] → [N, B, H, C, F], the last chunk filled up with zeros, which change no state."""
+    """[B, T, H, F] → [B, H, N, C, F], the last chunk filled up with zeros, which change no state."""
     batch, time, heads, width = x.shape
     chunks = -(-time // chunk_size)
     x = jnp.pad(x.astype(dtype), ((0, 0), (0, chunks * chunk_size - time), (0, 0), (0, 0)))
-    return jnp.transpose(x.reshape(batch, chunks, chunk_size, heads, width), (1, 0, 3, 2, 4))
+    return jnp.moveaxis(x.reshape(batch, chunks, chunk_size, heads, width), 3, 1)
 
 
 def join(x: jax.Array, time: int) -> jax.Array:
-    """[N, B, H, C, F] → [B, T, H, F], the filling cut off."""
-    chunks, batch, heads, size, width = x.shape
-    return jnp.transpose(x, (1, 0, 3, 2, 4)).reshape(batch, chunks * size, heads, width)[:, :time]
+    """[B, H, N, C, F] → [B, T, H, F], the filling cut off."""
+    batch, heads, chunks, size, width = x.shape
+    return jnp.moveaxis(x, 1, 3).reshape(batch, chunks * size, heads, width)[:, :time]

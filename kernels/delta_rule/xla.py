@@ -17,6 +17,7 @@ from kernels import recompute
 from kernels.chunks import block_length, compute_dtype, join, repeat_heads, split
 from kernels.decay import chunk_sums, decayed_products, pair_sums
 from kernels.delta_rule.form import Form
+from kernels.triangular import solve
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
@@ -29,27 +30,27 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
     mm = partial(jnp.matmul, precision=precision)
 
     def chunked(x: jax.Array) -> jax.Array:
-        return split(repeat_heads(x, heads), form.chunk_size, dtype)  # [N, B, H, C, ...]
+        return split(repeat_heads(x, heads), form.chunk_size, dtype)  # [B, H, N, C, ...]
 
     q, k, v, beta = chunked(q), chunked(k), chunked(v), chunked(beta[..., None])
-    q_in, k_in, k_out, kept = q, k, k, jnp.ones((q.shape[0], 1, 1, 1, 1), dtype)
+    q_in, k_in, k_out, kept = q, k, k, jnp.ones((1, 1, q.shape[2], 1, 1), dtype)
     if log_decay is None:
         among_keys, reads = jnp.tril(mm(k, k.mT), -1), jnp.tril(mm(q, k.mT))
     else:
-        g = chunked(log_decay)  # [N, B, H, C, 1 or K]
+        g = chunked(log_decay)  # [B, H, N, C, 1 or K]
         upto, after = chunk_sums(g)
         q_in, k_in, k_out = q * jnp.exp(upto), k * jnp.exp(upto), k * jnp.exp(after)
         kept = jnp.exp(upto[..., -1, :, None])
         if g.shape[-1] == 1:
-            decay = jnp.exp(pair_sums(g[..., 0]))
+            decay = jnp.exp(pair_sums(g))
             among_keys, reads = jnp.tril(mm(k, k.mT) * decay, -1), mm(q, k.mT) * decay
         else:
-            among_keys, reads = decayed_products(jnp.stack([k, q]), k, g, precision)
-            reads += jnp.sum(q * k, -1)[..., None] * jnp.eye(form.chunk_size, dtype=dtype)
+            among_keys = decayed_products(k, k, g, precision)
+            reads = decayed_products(q, k, g, precision) + jnp.sum(q * k, -1)[..., None] * jnp.eye(
+                form.chunk_size, dtype=dtype
+            )
 
-    solved = lax.linalg.triangular_solve(
-        beta * among_keys, beta * jnp.concatenate([v, k_in], -1), left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = solve(beta * among_keys, beta * jnp.concatenate([v, k_in], -1), precision)
     from_values, from_keys = solved[..., :value_width], solved[..., value_width:]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -57,7 +58,9 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
         corrections = from_values - mm(from_keys, state)
         return state * kept + mm(k_out.mT, corrections), (state, corrections)
 
-    state, (before, corrections) = lax.scan(step, state, (from_values, from_keys, k_out, kept))
+    by_chunk = [jnp.moveaxis(x, 2, 0) for x in (from_values, from_keys, k_out, kept)]
+    state, carried = lax.scan(step, state, tuple(by_chunk))
+    before, corrections = (jnp.moveaxis(x, 0, 2) for x in carried)
     out = form.scale * (mm(q_in, before) + mm(reads, corrections))
     return state, join(out, time).astype(out_dtype)
 

@@ -24,20 +24,20 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
     """State [B, H, K, V] and a stretch of tokens → the state after it and the tokens' outputs [B, T, H, V]."""
     dtype, precision = compute_dtype(*inputs[:3])
     heads, time, out_dtype = state.shape[1], inputs[0].shape[1], inputs[2].dtype
-    q, k, v = (split(repeat_heads(x, heads), form.chunk_size, dtype) for x in inputs[:3])  # [N, B, H, C, ...]
+    q, k, v = (split(repeat_heads(x, heads), form.chunk_size, dtype) for x in inputs[:3])  # [B, H, N, C, ...]
     log_decay = inputs[3]
     mm = partial(jnp.matmul, precision=precision)
 
-    q_in, k_out, kept = q, k, jnp.ones((q.shape[0], 1, 1, 1, 1), dtype)
+    q_in, k_out, kept = q, k, jnp.ones((1, 1, q.shape[2], 1, 1), dtype)
     if log_decay is None:
         products = mm(q, k.mT)
         inside = jnp.tril(products, 0 if form.own else -1)
     else:
-        g = split(repeat_heads(log_decay, heads), form.chunk_size, dtype)  # [N, B, H, C, 1 or K]
+        g = split(repeat_heads(log_decay, heads), form.chunk_size, dtype)  # [B, H, N, C, 1 or K]
         upto, after = chunk_sums(g)
         q_in, k_out, kept = q * jnp.exp(upto), k * jnp.exp(after), jnp.exp(upto[..., -1, :, None])
         if g.shape[-1] == 1:
-            decay = jnp.exp(pair_sums(g[..., 0]))
+            decay = jnp.exp(pair_sums(g))
             inside = mm(q, k.mT) * decay
             if not form.own:
                 inside = jnp.tril(inside, -1)
@@ -45,13 +45,14 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
             inside = decayed_products(q, k, g, precision)
             if form.own:
                 inside += jnp.sum(q * k, -1)[..., None] * jnp.eye(form.chunk_size, dtype=dtype)
-    added = mm(k_out.mT, v)  # [N, B, H, K, V]
+    added = mm(k_out.mT, v)  # [B, H, N, K, V]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         kept, added = chunk
         return state * kept + added, state
 
-    state, before = lax.scan(step, state, (kept, added))
+    state, before = lax.scan(step, state, (jnp.moveaxis(kept, 2, 0), jnp.moveaxis(added, 2, 0)))
+    before = jnp.moveaxis(before, 0, 2)
     out = form.scale * (mm(q_in, before) + mm(inside, v))
     return state, join(out, time).astype(out_dtype)
 
