@@ -1,0 +1,372 @@
+"""How fast the kernels are, how much memory they take, and what they compile to for a TPU.
+
+    python benchmarks/kernels.py --op linear_attention --gate channel --implementation xla reference
+    python benchmarks/kernels.py --op linear_attention --against dot_product_attention --sweep-t 512,1024,2048,4096
+    python benchmarks/kernels.py --op delta_rule --gate channel --target v5e
+
+Every contender is first compared with the float64 definition at a cut-down size, in values and gradients; one that
+fails shows its errors, no speed, and the exit code is 1. The rest take turns in one run, so that their ratios mean
+something on a noisy machine. Rates are the work counted for the chunked form (`kernel_cases.counts`) over the time.
+With --target nothing is timed: the programs are compiled ahead for that TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+# Before this file's own folder, in which `kernels` would be this file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import aot, kernel_contenders
+from benchmarks.kernel_cases import (
+    DEFAULTS,
+    LETTERS,
+    QUICK,
+    Case,
+    Dtype,
+    Gate,
+    Mode,
+    Op,
+    counts,
+    parse_shape,
+)
+from benchmarks.kernel_contenders import Contender, check, failures, inputs, lowered, program
+from zoo.errors import ZooError
+from zoo.terminal import parse
+
+Target = Literal["v4", "v5e", "v5p", "v6e", "7x"]
+Implementation = Literal["xla", "pallas", "reference"]
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times the kernels, or with --target compiles them ahead for a TPU.
+
+    Attributes:
+        op: the operation
+        shape: sizes by letter, such as B1,T8192,H96,K128,V128; several may be given
+        gate: decay: none, one a head, a token and head (scalar), or a key channel
+        dtype: of q, k, v and the like; gates and states are float32
+        mode: what is run; several may be given, otherwise forward and forward_backward
+        implementation: which are run, otherwise xla, or pallas with --target
+        against: what they are compared with
+        causal: whether linear_attention looks only back
+        quick: two small shapes instead of the default ones
+        sweep_t: replaces T by each of these, such as 512,1024, and says where the first contender overtakes
+        repeats: timed turns of each contender
+        json: write the figures here
+        target: compile for this TPU instead of timing
+    """
+
+    op: Op = "linear_attention"
+    shape: tuple[str, ...] = ()
+    gate: Gate | None = None
+    dtype: Dtype | None = None
+    mode: tuple[Mode, ...] = ()
+    implementation: tuple[Implementation, ...] = ()
+    against: tuple[Literal["dot_product_attention", "tokamax", "reference"], ...] = ()
+    causal: bool = True
+    quick: bool = False
+    sweep_t: str = ""
+    repeats: int = 20
+    json: Path | None = None
+    target: Target | None = None
+
+
+@dataclass
+class Row:
+    """One contender on one shape; times in seconds, memory in bytes, `problem` where there is no speed and why."""
+
+    shape: str
+    time: int
+    gate: str
+    dtype: str
+    mode: str
+    contender: str
+    note: str = ""
+    problem: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    failed: bool = False
+    quartiles: list[float] = field(default_factory=list)
+    ratio: float | None = None
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    temporary_ratio: float | None = None
+    kernels: list[aot.Kernel] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 0, 1 where a contender's results are wrong, 2 for bad input."""
+    try:
+        options = parse(Options, list(sys.argv[1:] if arguments is None else arguments), prog="benchmarks/kernels.py")
+        return run(options)
+    except ZooError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(options: Options) -> int:
+    """Checks, measures, shows and writes; 1 where a contender's results are wrong."""
+    cases = list(read_cases(options))
+    rows: list[Row] = []
+    overtakings: list[str] = []
+    if options.target:
+        with tempfile.TemporaryDirectory() as dump:
+            aot.prepare(Path(dump))
+            for case in cases:
+                rows += compile_case(case, options, Path(dump))
+    else:
+        for mode in modes(options):
+            of_mode = [measure(case, mode, contenders(case, mode, options), options.repeats) for case in cases]
+            rows += [row for each in of_mode for row in each]
+            if options.sweep_t:
+                overtakings += [f"{mode}: {line}" for line in find_overtakings(of_mode)]
+    show(rows, overtakings, options)
+    if options.json:
+        options.json.write_text(json.dumps(report(rows, overtakings, options), indent=1, allow_nan=False) + "\n")
+    return int(any(row.failed for row in rows))
+
+
+def modes(options: Options) -> tuple[Mode, ...]:
+    return options.mode or ("forward", "forward_backward")
+
+
+def read_cases(options: Options) -> Iterable[Case]:
+    """The shapes asked for, or the default ones; ZooError for options that do not go together."""
+    op, attention = options.op, "H" in LETTERS[options.op]
+    gate: Gate = options.gate or ("none" if attention else "channel")
+    if not attention and gate != "channel":
+        raise ZooError(f"--gate: {op} has a decay a channel, got {gate}")
+    if not options.causal and op != "linear_attention":
+        raise ZooError(f"--no-causal: only linear_attention has a bidirectional form, got --op {op}")
+    if options.quick and options.shape:
+        raise ZooError("--quick chooses shapes itself: got --shape too")
+    if options.repeats < 2:
+        raise ZooError(f"--repeats: got {options.repeats}, wanted 2 or more, for a median and quartiles")
+    if "step" in modes(options) and (options.against or options.implementation or options.sweep_t):
+        raise ZooError("--mode step: a step has one form and no T: leave out other contenders and --sweep-t")
+    if options.target and options.against:
+        raise ZooError("--target: nothing is timed: leave --against out")
+    if options.sweep_t and not set(options.against) | set(options.implementation[1:]):
+        raise ZooError("--sweep-t: wanted two contenders, such as --against dot_product_attention")
+    given = [(shape, options.dtype or "float32") for shape in options.shape]
+    for shape, dtype in given or (QUICK if options.quick else DEFAULTS)[op]:
+        sizes = parse_shape(op, shape)
+        for time_ in read_times(options.sweep_t) or [sizes["T"]]:
+            bounded = "tokamax" in options.against
+            yield Case(op, sizes | {"T": time_}, gate, options.dtype or dtype, options.causal, bounded)  # type: ignore[arg-type]
+
+
+def read_times(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if text]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ZooError(f"--sweep-t: got {text!r}, wanted positive numbers such as 512,1024,2048")
+    return sorted({int(part) for part in parts})
+
+
+def contenders(case: Case, mode: Mode, options: Options) -> list[Contender]:
+    """Those asked for, what they are compared with last."""
+    if mode == "step":
+        return [kernel_contenders.one_step(case)]
+    makers = {
+        "dot_product_attention": kernel_contenders.softmax_attention,
+        "tokamax": kernel_contenders.tokamax,
+        "reference": lambda case: kernel_contenders.implementation(case, "reference"),
+    }
+    chosen = [kernel_contenders.implementation(case, name) for name in options.implementation or ("xla",)]
+    return chosen + [makers[name](case) for name in options.against if name not in options.implementation]
+
+
+def measure(case: Case, mode: Mode, compared: Sequence[Contender], repeats: int) -> list[Row]:
+    """One row a contender: checked, compiled, then timed by turns."""
+    rows, ready = [], []
+    for contender in compared:
+        row = Row(str(case), case.sizes["T"], case.gate, case.dtype, mode, contender.name, contender.note)
+        rows.append(row)
+        try:
+            row.errors = check(contender, case, mode)
+            wrong = failures(row.errors, case.dtype)
+            if wrong:
+                row.failed = True
+                row.problem = "wrong: " + ", ".join(f"{name} is off by {error:.1e}" for name, error in wrong.items())
+                continue
+            run_it = compile_here(contender, case, mode, row)
+        except NotImplementedError as cannot:
+            row.problem = str(cannot)
+            continue
+        if run_it is not None:
+            ready.append((contender, row, *run_it))
+    taken = take_turns([(compiled, arguments) for _, _, compiled, arguments in ready], repeats)
+    for (contender, row, *_), seconds in zip(ready, taken, strict=True):
+        work = counts(case, mode, contender.method)
+        row.quartiles = statistics.quantiles(seconds, n=4)
+        row.ratio = statistics.median(mine / first for mine, first in zip(seconds, taken[0], strict=True))
+        row.flops_per_second, row.bytes_per_second = work.flops / row.quartiles[1], work.bytes / row.quartiles[1]
+    return rows
+
+
+def compile_here(contender: Contender, case: Case, mode: Mode, row: Row) -> tuple[Any, tuple[Any, ...]] | None:
+    """The compiled program and its arguments, or None with the reason in the row: too large, or a result not finite."""
+    function = program(contender.call, mode)
+    arguments = tuple(map(contender.inward, inputs(contender, case, mode)))
+    start = time.perf_counter()
+    compiled = lowered(function, *arguments).compile()
+    row.compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    row.temporary_bytes = memory.temp_size_in_bytes
+    row.temporary_ratio = memory.temp_size_in_bytes / (memory.argument_size_in_bytes + memory.output_size_in_bytes)
+    needed, free = memory.temp_size_in_bytes + memory.output_size_in_bytes, free_bytes()
+    if needed > free:
+        row.problem = f"needs {needed / 1e9:.1f} GB beside its inputs, {free / 1e9:.1f} GB are free"
+        return None
+    if not all(bool(jax.numpy.isfinite(x).all()) for x in compiled(*arguments).values()):
+        row.failed, row.problem = True, "wrong: a result of full size is not finite"
+        return None
+    return compiled, arguments
+
+
+def free_bytes() -> int:
+    """Memory of the device that programs run on; the machine's for the CPU."""
+    statistics_ = jax.devices()[0].memory_stats()
+    if statistics_ is None:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return statistics_["bytes_limit"] - statistics_["bytes_in_use"]
+
+
+def take_turns(programs: Sequence[tuple[Any, tuple[Any, ...]]], repeats: int) -> list[list[float]]:
+    """Seconds of each program's calls, A B A B …, the first rounds left out."""
+    taken: list[list[float]] = [[] for _ in programs]
+    for round_ in range(WARM_UP + repeats):
+        for (compiled, arguments), seconds in zip(programs, taken, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            if round_ >= WARM_UP:
+                seconds.append(time.perf_counter() - start)
+    return taken
+
+
+def find_overtakings(sweep: Sequence[Sequence[Row]]) -> list[str]:
+    """Where the first contender becomes faster than each other one, interpolated in log T between two shapes."""
+    lines = []
+    for number, other in enumerate(sweep[0][1:], start=1):
+        rows = [rows[number] for rows in sweep if rows[0].quartiles and rows[number].ratio]
+        points = [(math.log(row.time), math.log(row.ratio)) for row in rows if row.ratio]
+        pair = f"{sweep[0][0].contender} and {other.contender}"
+        if not points:
+            lines.append(f"{pair}: nothing to compare")
+        elif all(ratio > 0 for _, ratio in points):
+            lines.append(f"{pair}: the first is faster from the shortest T on")
+        elif all(ratio <= 0 for _, ratio in points):
+            lines.append(f"{pair}: the first is slower up to the longest T")
+        for (t0, r0), (t1, r1) in itertools.pairwise(points):
+            if r0 <= 0 < r1:
+                lines.append(f"{pair}: the first is faster from T ≈ {math.exp(t0 - r0 * (t1 - t0) / (r1 - r0)):.0f} on")
+    return lines
+
+
+def compile_case(case: Case, options: Options, dump: Path) -> list[Row]:
+    """One row for each implementation and mode, compiled ahead."""
+    rows = []
+    for mode in modes(options):
+        for name in options.implementation or ("pallas",):
+            # Compiled for a TPU, the implementation None is Pallas where that serves.
+            if mode == "step":
+                contender = kernel_contenders.one_step(case)
+            else:
+                contender = kernel_contenders.implementation(case, None if name == "pallas" else name, name)
+            row = Row(str(case), case.sizes["T"], case.gate, case.dtype, mode, contender.name)
+            rows.append(row)
+            arrays = case.shapes(step=mode == "step")
+            arguments: tuple[Any, ...] = (arrays,)
+            if mode == "forward_backward":
+                arguments = (arrays, jax.eval_shape(contender.definition, arrays))
+            compiled = aot.compile_ahead(program(contender.call, mode), arguments, str(options.target), dump)
+            row.compile_seconds, row.temporary_bytes = compiled.seconds, compiled.temporary_bytes
+            row.kernels = compiled.kernels
+            if contender.name == "pallas" and not compiled.kernels:
+                row.problem = "the Pallas form does not serve these arguments: this is the XLA form"
+    return rows
+
+
+def show(rows: Sequence[Row], overtakings: Sequence[str], options: Options) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=" ".join(filter(None, (options.op, describe_device(options)))))
+    speed = ("ms", "quartiles", "× first", "GFLOP/s", "GB/s", "temp MB", "temp / in+out")
+    ahead = ("compile s", "temp MB", "kernel", "bundles", "spills", "fills")
+    for heading in ("shape", "gate", "dtype", "mode", "contender", *(ahead if options.target else speed)):
+        table.add_column(heading, justify="left" if heading in ("shape", "contender", "kernel") else "right")
+    for row in rows:
+        head = (row.shape, row.gate, row.dtype, row.mode, row.contender)
+        for cells in ahead_cells(row) if options.target else [speed_cells(row)]:
+            table.add_row(*head, *cells)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for row in rows:
+        for remark in filter(None, (row.problem, row.note)):
+            console.print(f"{row.shape} {row.mode} {row.contender}: {remark}", soft_wrap=True, highlight=False)
+    for line in overtakings:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def speed_cells(row: Row) -> list[str]:
+    memory = ["" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:.4g}"]
+    memory += ["" if row.temporary_ratio is None else f"{row.temporary_ratio:.2f}"]
+    if not row.quartiles:
+        return ["–"] * 5 + memory
+    low, median, high = (1e3 * seconds for seconds in row.quartiles)
+    rates = (f"{(rate or 0) / 1e9:.4g}" for rate in (row.flops_per_second, row.bytes_per_second))
+    return [f"{median:.4g}", f"{low:.4g}–{high:.4g}", f"{row.ratio:.2f}", *rates, *memory]
+
+
+def ahead_cells(row: Row) -> list[list[str]]:
+    """A line for each kernel, or one without."""
+    whole = [f"{row.compile_seconds:.1f}", f"{(row.temporary_bytes or 0) / 1e6:.4g}"]
+    lines = [[each.name, str(each.bundles), str(each.spills), str(each.fills)] for each in row.kernels]
+    return [[*whole, *line] for line in lines or [["–"] * 4]]
+
+
+def describe_device(options: Options) -> str:
+    if options.target:
+        return f"compiled ahead for {options.target}"
+    return f"on {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+
+
+def report(rows: Sequence[Row], overtakings: Sequence[str], options: Options) -> dict[str, Any]:
+    """What is written as JSON; numbers that are not finite become null."""
+    finite = [dataclasses.asdict(row) for row in rows]
+    for row in finite:
+        row["errors"] = {name: error if math.isfinite(error) else None for name, error in row["errors"].items()}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "op": options.op,
+        "device": describe_device(options),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "rows": finite,
+        "overtakings": list(overtakings),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
