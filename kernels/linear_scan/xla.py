@@ -18,9 +18,10 @@ Update = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _chunks(batch: int, time: int, features: int) -> int:
-    """As many as fill the machine, but not more than tokens in a chunk."""
+    """As many as fill the machine but not more than tokens in a chunk; of about so many those that need no filling."""
     rows = max(batch * features, 1)
-    return max(min(-(-dispatch.block_rows() // rows), int(time**0.5)), 1)
+    most = max(min(-(-dispatch.block_rows() // rows), int(time**0.5)), 1)
+    return max((n for n in range(most // 2 + 1, most + 1) if time % n == 0), default=most)
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:
@@ -73,8 +74,9 @@ def _chunk_starts(
         added, total = chunk
         return jnp.exp(total) * state + added, state
 
-    nothing = jnp.zeros((x.shape[0], features), initial_state.dtype)
-    sums = _loop(x.shape[1], reverse, gather, (nothing, nothing.astype(log_decay.dtype)))
+    shape = (x.shape[0], features)
+    nothing = (jnp.zeros(shape, initial_state.dtype), jnp.zeros(shape, log_decay.dtype))
+    sums = _loop(x.shape[1], reverse, gather, nothing)
     by_chunk = jax.tree.map(lambda s: jnp.moveaxis(s.reshape(batch, -1, features), 1, 0), sums)
     starts = lax.scan(hand_on, initial_state, by_chunk, reverse=reverse)[1]
     return jnp.moveaxis(starts, 0, 1).reshape(-1, features)

@@ -243,7 +243,7 @@ class _Grid:
         outputs: Sequence[Pair],
         scratch: Sequence[tuple[int, ...]],
     ) -> list[jax.Array]:
-        """Inputs and outputs are pairs of an array (or its shape and dtype) and its spec; scratch shapes lack a width."""
+        """Inputs and outputs are pairs of an array (or its shape and dtype) and its spec; scratch lacks a width."""
         arrays, in_specs = zip(*inputs, strict=True)
         shapes, out_specs = zip(*outputs, strict=True)
         return pl.pallas_call(
