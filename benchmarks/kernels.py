@@ -1,7 +1,8 @@
 """How fast the kernels are, how much memory they take, and what they compile to for a TPU.
 
     python benchmarks/kernels.py --op linear_attention --gate channel --implementation xla reference
-    python benchmarks/kernels.py --op linear_attention --against dot_product_attention --sweep-t 512,1024,2048,4096
+    python benchmarks/kernels.py --op linear_attention --shape B1,T1024,H4,K64,V64 \\
+        --against dot_product_attention --sweep-t 512,1024,2048,4096,8192,16384
     python benchmarks/kernels.py --op delta_rule --gate channel --target v5e
 
 Every contender is first compared with the float64 definition at a cut-down size, in values and gradients; one that
@@ -52,6 +53,8 @@ from zoo.terminal import parse
 
 Target = Literal["v4", "v5e", "v5p", "v6e", "7x"]
 Implementation = Literal["xla", "pallas", "reference"]
+CANNOT_RUN = (NotImplementedError, jax.errors.JaxRuntimeError)
+"""Not for these arguments or this machine, or not enough memory."""
 WARM_UP = 2
 
 
@@ -115,7 +118,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 0, 1 where a contender's results are wrong, 2 for bad input."""
+    """Runs the command; 0, 1 where a contender is wrong or does not compile ahead, 2 for bad input."""
     try:
         options = parse(Options, list(sys.argv[1:] if arguments is None else arguments), prog="benchmarks/kernels.py")
         return run(options)
@@ -125,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> int:
-    """Checks, measures, shows and writes; 1 where a contender's results are wrong."""
+    """Checks, measures, shows and writes; 1 where a contender is wrong or does not compile ahead."""
     cases = list(read_cases(options))
     rows: list[Row] = []
     overtakings: list[str] = []
@@ -166,8 +169,8 @@ def read_cases(options: Options) -> Iterable[Case]:
         raise ZooError("--mode step: a step has one form and no T: leave out other contenders and --sweep-t")
     if options.target and options.against:
         raise ZooError("--target: nothing is timed: leave --against out")
-    if options.sweep_t and not set(options.against) | set(options.implementation[1:]):
-        raise ZooError("--sweep-t: wanted two contenders, such as --against dot_product_attention")
+    if options.sweep_t and (len(options.shape) != 1 or not set(options.against) | set(options.implementation[1:])):
+        raise ZooError("--sweep-t: wanted one --shape, and two contenders, such as --against dot_product_attention")
     given = [(shape, options.dtype or "float32") for shape in options.shape]
     for shape, dtype in given or (QUICK if options.quick else DEFAULTS)[op]:
         sizes = parse_shape(op, shape)
@@ -210,15 +213,15 @@ def measure(case: Case, mode: Mode, compared: Sequence[Contender], repeats: int)
                 row.problem = "wrong: " + ", ".join(f"{name} is off by {error:.1e}" for name, error in wrong.items())
                 continue
             run_it = compile_here(contender, case, mode, row)
-        except NotImplementedError as cannot:
-            row.problem = str(cannot)
+        except CANNOT_RUN as reason:
+            row.problem = first_line(reason)
             continue
         if run_it is not None:
             ready.append((contender, row, *run_it))
     taken = take_turns([(compiled, arguments) for _, _, compiled, arguments in ready], repeats)
     for (contender, row, *_), seconds in zip(ready, taken, strict=True):
         work = counts(case, mode, contender.method)
-        row.quartiles = statistics.quantiles(seconds, n=4)
+        row.quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
         row.ratio = statistics.median(mine / first for mine, first in zip(seconds, taken[0], strict=True))
         row.flops_per_second, row.bytes_per_second = work.flops / row.quartiles[1], work.bytes / row.quartiles[1]
     return rows
@@ -242,6 +245,10 @@ def compile_here(contender: Contender, case: Case, mode: Mode, row: Row) -> tupl
         row.failed, row.problem = True, "wrong: a result of full size is not finite"
         return None
     return compiled, arguments
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def free_bytes() -> int:
@@ -299,7 +306,11 @@ def compile_case(case: Case, options: Options, dump: Path) -> list[Row]:
             arguments: tuple[Any, ...] = (arrays,)
             if mode == "forward_backward":
                 arguments = (arrays, jax.eval_shape(contender.definition, arrays))
-            compiled = aot.compile_ahead(program(contender.call, mode), arguments, str(options.target), dump)
+            try:
+                compiled = aot.compile_ahead(program(contender.call, mode), arguments, str(options.target), dump)
+            except CANNOT_RUN as reason:
+                row.failed, row.problem = True, first_line(reason)
+                continue
             row.compile_seconds, row.temporary_bytes = compiled.seconds, compiled.temporary_bytes
             row.kernels = compiled.kernels
             if contender.name == "pallas" and not compiled.kernels:
@@ -341,7 +352,9 @@ def speed_cells(row: Row) -> list[str]:
 
 def ahead_cells(row: Row) -> list[list[str]]:
     """A line for each kernel, or one without."""
-    whole = [f"{row.compile_seconds:.1f}", f"{(row.temporary_bytes or 0) / 1e6:.4g}"]
+    if row.compile_seconds is None or row.temporary_bytes is None:
+        return [["–"] * 6]
+    whole = [f"{row.compile_seconds:.1f}", f"{row.temporary_bytes / 1e6:.4g}"]
     lines = [[each.name, str(each.bundles), str(each.spills), str(each.fills)] for each in row.kernels]
     return [[*whole, *line] for line in lines or [["–"] * 4]]
 
