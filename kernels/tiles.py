@@ -5,12 +5,18 @@ Mosaic has no running sum, so sums of log decays are products with 0/1 matrices 
 power of two; a gate of one number a token comes as a row [1, C], a gate of K channels as [C, K].
 """
 
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+SUBLANES = 8
+SOLVED_ROWS = 16  # of a triangular system, one after another; larger blocks by matrix products
 
 # Which axis of each operand is summed over; n: as it is, t: transposed.
 _CONTRACTED = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
@@ -41,80 +47,163 @@ def _dot_backward(form: str, precision: lax.Precision, operands: Any, d: jax.Arr
 dot.defvjp(_dot_forward, _dot_backward)
 
 
-def token_indices(size: int) -> tuple[jax.Array, jax.Array]:
-    """[C, C] twice: the token of the row and the token of the column."""
-    return lax.broadcasted_iota(jnp.int32, (size, size), 0), lax.broadcasted_iota(jnp.int32, (size, size), 1)
-
-
-def _parting(i: jax.Array, j: jax.Array, level: int) -> jax.Array:
+def _parting(level: int, i: jax.Array, j: jax.Array) -> jax.Array:
     """Where i and j lie in the right and the left one of two neighbouring blocks of `level` tokens."""
     apart = i ^ j  # the highest bit tells the level
     return (apart >= level) & (apart < 2 * level) & (i > j)
 
 
-def _sums(mask: jax.Array, g: jax.Array) -> jax.Array:
-    """[C, C] bool and [C, K] → [C, K]: sums of the rows that the mask's rows choose."""
-    return dot(mask.astype(jnp.float32), g, "nn", lax.Precision.HIGHEST)
+def _right(level: int, i: jax.Array, j: jax.Array) -> jax.Array:
+    return i & level != 0
+
+
+def _left(level: int, i: jax.Array, j: jax.Array) -> jax.Array:
+    return i & level == 0
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _later(x: jax.Array, tokens: int) -> jax.Array:
+    """Rows moved on by so many tokens (back where negative), zeros moved in."""
+    filling = jnp.zeros((abs(tokens), x.shape[1]), x.dtype)
+    parts = [filling, x[:-tokens]] if tokens > 0 else [x[-tokens:], filling]
+    return jnp.concatenate(parts, axis=0)
+
+
+_later.defvjp(lambda x, tokens: (_later(x, tokens), None), lambda tokens, _, d: (_later(d, -tokens),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _swapped(x: jax.Array, level: int) -> jax.Array:
+    """Neighbouring blocks of `level` rows in each other's place."""
+    size = x.shape[0]
+    if level < SUBLANES:
+        from_right, from_left = pltpu.roll(x, size - level, 0), pltpu.roll(x, level, 0)
+        return only(from_right, partial(_left, level)) + only(from_left, partial(_right, level))
+    starts = [start ^ level for start in range(0, size, level)]
+    return jnp.concatenate([x[start : start + level] for start in starts], axis=0)
+
+
+_swapped.defvjp(lambda x, level: (_swapped(x, level), None), lambda level, _, d: (_swapped(d, level),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def only(x: jax.Array, where: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """x where `where(row, column)` of a number's place holds, else 0; the gradient makes the mask again, not keeps it."""
+    i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    return jnp.where(where(i, j), x, 0.0)
+
+
+only.defvjp(lambda x, where: (only(x, where), None), lambda where, _, d: (only(d, where),))
+
+
+def _square(row: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(row, (row.shape[1], row.shape[1]))
 
 
 def column(row: jax.Array) -> jax.Array:
     """[1, C] → [C, 1]."""
-    i, j = token_indices(row.shape[1])
-    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+    return jnp.sum(only(_square(row), operator.eq), axis=1, keepdims=True)
 
 
-def chunk_sums(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums of log decays up to and with each token, after it, and in all: [C, 1] or [C, K] twice, [1, 1] or [1, K]."""
-    if g.shape[0] == 1:
-        i, j = token_indices(g.shape[1])
-        upto = jnp.sum(jnp.where(j <= i, g, 0.0), axis=1, keepdims=True)
-        after = jnp.sum(jnp.where(j > i, g, 0.0), axis=1, keepdims=True)
-        return upto, after, jnp.sum(g, axis=1, keepdims=True)
-    i, j = token_indices(g.shape[0])
-    return _sums(j <= i, g), _sums(j > i, g), jnp.sum(g, axis=0, keepdims=True)
+def diagonal(x: jax.Array) -> jax.Array:
+    """[C, 1] → [C, C]."""
+    return only(jnp.broadcast_to(x, (x.shape[0], x.shape[0])), operator.eq)
+
+
+def row_sums(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[1, C] log decays → sums up to and with each token [C, 1], after it [C, 1], and in all [1, 1]."""
+    upto = jnp.sum(only(_square(g), operator.ge), axis=1, keepdims=True)
+    after = jnp.sum(only(_square(g), operator.lt), axis=1, keepdims=True)
+    return upto, after, jnp.sum(g, axis=1, keepdims=True)
 
 
 def pair_decays(g: jax.Array) -> jax.Array:
     """[1, C] log decays → [C, C]: exp(g_{j+1} + … + g_i) at (i, j), i > j; 1 elsewhere."""
-    i, j = token_indices(g.shape[1])
-    upto = jnp.where(j <= i, g, 0.0)
-    return jnp.exp(dot(upto, (i > j).astype(jnp.float32), "nn", lax.Precision.HIGHEST))
+    sums = only(jnp.broadcast_to(column(g), (g.shape[1], g.shape[1])), operator.gt)
+    level = 1
+    while level < g.shape[1]:
+        sums += _later(sums, level)
+        level *= 2
+    return jnp.exp(sums)
 
 
-def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precision: lax.Precision) -> jax.Array:
-    """[C, K] three times → [C, C]: at (i, j), i > j, sum_k rows_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}); else 0.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _level_products(
+    rows: jax.Array, columns: jax.Array, sums: jax.Array, level: int, precision: lax.Precision
+) -> jax.Array:
+    """[C, K] each → [C, C]: products of rows_i and columns_j, both times exp(sums), where i and j part at this level."""
+    decay = jnp.exp(sums)
+    return only(dot(rows * decay, columns * decay, "nt", precision), partial(_parting, level))
+
+
+def _level_products_forward(*arguments: Any) -> Any:
+    return _level_products(*arguments), arguments[:3]
+
+
+def _level_products_backward(level: int, precision: lax.Precision, kept: Any, d: jax.Array) -> tuple[jax.Array, ...]:
+    rows, columns, sums = kept
+    decay = jnp.exp(sums)
+    rows, columns = rows * decay, columns * decay
+    d = only(d, partial(_parting, level))
+    d_rows, d_columns = dot(d, columns, "nn", precision), dot(d, rows, "tn", precision)
+    return d_rows * decay, d_columns * decay, d_rows * rows + d_columns * columns
+
+
+_level_products.defvjp(_level_products_forward, _level_products_backward)
+
+
+def decayed_products(
+    sides: Sequence[jax.Array], columns: jax.Array, g: jax.Array, precision: lax.Precision
+) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """For each [C, K] of `sides`, [C, C]: sum_k side_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}) where i > j, else 0.
 
     By doubling as in `kernels.decay`: pairs whose tokens lie in the right and the left one of two neighbouring blocks
-    of 1, 2, 4, … tokens.
+    of 1, 2, 4, … tokens; there the decay is that up to and with i within its block times that after j within its own.
+
+    Returns:
+      The products, and sums of g [C, K] up to and with each token [C, K], after it [C, K], and in all [1, K].
     """
     size = g.shape[0]
-    i, j = token_indices(size)
-    products = jnp.zeros((size, size), jnp.float32)
+    products = [jnp.zeros((size, size), jnp.float32) for _ in sides]
+    upto, after, whole = g, jnp.zeros_like(g), g  # within blocks of `level` tokens
     level = 1
     while level < size:
-        # In a right block the sum up to i within the block, in a left one that after i.
-        within = (i ^ j < level) & (((i & level) != 0) == (j <= i))
-        decay = jnp.exp(_sums(within, g))
-        products += jnp.where(_parting(i, j, level), dot(rows * decay, columns * decay, "nt", precision), 0.0)
+        sums = only(upto, partial(_right, level)) + only(after, partial(_left, level))
+        products = [
+            product + _level_products(side, columns, sums, level, precision)
+            for product, side in zip(products, sides, strict=True)
+        ]
+        other = _swapped(whole, level)
+        upto += only(other, partial(_right, level))
+        after += only(other, partial(_left, level))
+        whole += other
         level *= 2
-    return products
+    return products, (upto, after, whole[:1])
+
+
+def _column_of_block(size: int, column: int, i: jax.Array, j: jax.Array) -> jax.Array:
+    """Where j is token `column` of i's block of `size` tokens."""
+    return j == (i & -size) + column
 
 
 def _inverse(a: jax.Array) -> jax.Array:
     """[C, C], strictly lower triangular → (I + a)⁻¹.
 
-    Block by block: [[I + a_11, 0], [a_21, I + a_22]]⁻¹ = [[x_1, 0], [-x_2 a_21 x_1, x_2]], with x_1 and x_2 the inverses
-    of the diagonal blocks, of 1, 2, 4, … rows. All intermediate numbers are part of the inverse, unlike those of the
-    power series of a, which cancel where keys repeat.
+    Diagonal blocks by substitution, all of them at once; from them larger ones:
+    [[I + a_1, 0], [b, I + a_2]]⁻¹ = [[x_1, 0], [-x_2 b x_1, x_2]]. All numbers on the way are part of the inverse,
+    unlike those of the power series of a, which cancel where keys repeat.
     """
-    i, j = token_indices(a.shape[0])
-    inverse = (i == j).astype(jnp.float32)
-    level = 1
-    while level < a.shape[0]:
-        corner = jnp.where(_parting(i, j, level), a, 0.0)
-        if level > 1:
-            corner = dot(dot(inverse, corner, "nn", lax.Precision.HIGHEST), inverse, "nn", lax.Precision.HIGHEST)
-        inverse -= corner
+    size = a.shape[0]
+    level = min(SOLVED_ROWS, size)
+    inverse = only(jnp.ones_like(a), operator.eq)
+    starts = range(0, size, level)
+    for row in range(level - 1):
+        factors = jnp.sum(only(a, partial(_column_of_block, level, row)), axis=1, keepdims=True)
+        solved = [jnp.broadcast_to(inverse[n + row : n + row + 1], (level, size)) for n in starts]
+        inverse -= factors * jnp.concatenate(solved, axis=0)
+    while level < size:
+        corner = dot(inverse, only(a, partial(_parting, level)), "nn", lax.Precision.HIGHEST)
+        inverse -= dot(corner, inverse, "nn", lax.Precision.HIGHEST)
         level *= 2
     return inverse
 
@@ -134,8 +223,7 @@ def _solve_forward(a: jax.Array, b: jax.Array) -> Any:
 def _solve_backward(kept: Any, d: jax.Array) -> tuple[jax.Array, jax.Array]:
     inverse, solved = kept
     d_b = dot(inverse, d, "tn", lax.Precision.HIGHEST)
-    i, j = token_indices(inverse.shape[0])
-    return jnp.where(i > j, -dot(d_b, solved, "nt", lax.Precision.HIGHEST), 0.0), d_b
+    return only(-dot(d_b, solved, "nt", lax.Precision.HIGHEST), operator.gt), d_b
 
 
 solve.defvjp(_solve_forward, _solve_backward)

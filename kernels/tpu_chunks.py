@@ -104,7 +104,8 @@ def _call(kernel: Callable[..., None], walk: Walk, state: jax.Array, name: str, 
     )
 
 
-def _forward_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, out: Any, final: Any, state: Any) -> None:
+def _forward_kernel(chunk: Chunk, scale: float, walk: Walk, *refs: Any) -> None:
+    tokens, initial, out, final, state = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -113,7 +114,7 @@ def _forward_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, out: An
 
     def step(i, _):
         state[...], rows = chunk(state[...], _tiles(walk, tokens, i))
-        out[_where(walk, out, i)] = rows.astype(out.dtype)
+        out[_where(walk, out, i)] = (scale * rows).astype(out.dtype)
 
     lax.fori_loop(0, walk.chunks, step, None)
 
@@ -135,25 +136,49 @@ def _states_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, starts: 
     lax.fori_loop(0, walk.chunks, step, None)
 
 
-def _backward_kernel(chunk: Chunk, walk: Walk, *refs: Any) -> None:
-    tokens, start, d_out, d_final, d_tokens, d_initial, states, d_state = refs
+def _linearized(chunk: Chunk, state: jax.Array, tiles: Any) -> tuple[jax.Array, list[jax.Array], Callable[..., Any]]:
+    """The state after a chunk, what its gradient needs beside `tiles`, and `pull(tiles, needed)` to make the VJP of it."""
+    (state, _), vjp = jax.vjp(chunk, state, tiles)
+    residuals, structure = jax.tree.flatten(vjp)
+    given = jax.tree.leaves(tiles)
+    places = {id(x): n for n, x in enumerate(given)}
+    needed = []
+    for x in residuals:
+        if id(x) not in places:
+            places[id(x)] = len(places)
+            needed.append(x)
+    order = [places[id(x)] for x in residuals]
+
+    def pull(tiles: Any, needed: list[jax.Array]) -> Any:
+        arrays = [*jax.tree.leaves(tiles), *needed]
+        return jax.tree.unflatten(structure, [arrays[n] for n in order])
+
+    return state, needed, pull
+
+
+def _backward_kernel(chunk: Chunk, scale: float, walk: Walk, *refs: Any) -> None:
+    tokens, start, d_out, d_final, d_tokens, d_initial, state, needed, d_state = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
     def _():
         d_state[...] = d_final[...]
 
-    states[0] = start[...]
+    state[...] = start[...]
+    pulls = []
 
-    def again(i, _):
-        states[i + 1], _ = chunk(states[i], _tiles(walk, tokens, i))
+    def ahead(i, _):
+        state[...], values, pull = _linearized(chunk, state[...], _tiles(walk, tokens, i))
+        pulls.append(pull)
+        for ref, value in zip(needed, values, strict=True):
+            ref[i] = value
 
-    lax.fori_loop(0, walk.chunks - 1, again, None)
+    lax.fori_loop(0, walk.chunks, ahead, None)
 
     def back(step, _):
         i = walk.chunks - 1 - step
-        _, pull = jax.vjp(chunk, states[i], _tiles(walk, tokens, i))
-        d_state[...], d_tiles = pull((d_state[...], _tiles(walk, d_out, i)))
+        pull = pulls[-1](_tiles(walk, tokens, i), [ref[i] for ref in needed])
+        d_state[...], d_tiles = pull((d_state[...], scale * _tiles(walk, d_out, i)))
 
         def write(ref, d):
             ref[_where(walk, ref, i)] = d.astype(ref.dtype)
@@ -167,7 +192,9 @@ def _backward_kernel(chunk: Chunk, walk: Walk, *refs: Any) -> None:
         d_initial[...] = d_state[...]
 
 
-def forward(name: str, chunk: Chunk, size: int, tokens: Any, initial: jax.Array, out_like: jax.Array) -> Any:
+def forward(
+    name: str, chunk: Chunk, scale: float, size: int, tokens: Any, initial: jax.Array, out_like: jax.Array
+) -> Any:
     """Walks `chunk` over time from `initial` [B, H, K, V]; `out_like` has the output's shape [B, T, H, V] and dtype.
 
     Returns:
@@ -180,7 +207,7 @@ def forward(name: str, chunk: Chunk, size: int, tokens: Any, initial: jax.Array,
     out = jax.ShapeDtypeStruct((batch, heads, walk.time, width), out_like.dtype)
     specs = partial(jax.tree.map, lambda x: _token_spec(walk, heads, x, lambda n: n))
     out, final = _call(
-        partial(_forward_kernel, chunk, walk),
+        partial(_forward_kernel, chunk, scale, walk),
         walk,
         initial,
         f"{name}_forward",
@@ -193,7 +220,14 @@ def forward(name: str, chunk: Chunk, size: int, tokens: Any, initial: jax.Array,
 
 
 def backward(
-    name: str, chunk: Chunk, size: int, tokens: Any, initial: jax.Array, d_out: jax.Array, d_final: jax.Array
+    name: str,
+    chunk: Chunk,
+    scale: float,
+    size: int,
+    tokens: Any,
+    initial: jax.Array,
+    d_out: jax.Array,
+    d_final: jax.Array,
 ) -> Any:
     """Cotangents of `forward`'s results → (those of `tokens`, in their shapes and dtypes, and that of `initial`)."""
     walk = Walk.over(d_out.shape[1], size)
@@ -220,10 +254,14 @@ def backward(
         dtype = x.dtype if x.shape[1] == heads else jnp.float32
         return jax.ShapeDtypeStruct((batch, heads, *x.shape[2:]), dtype)
 
+    tiles = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((walk.size, x.shape[3]) if x.ndim == 4 else x.shape[3:], jnp.float32), tokens
+    )
+    needed = jax.eval_shape(lambda *x: _linearized(chunk, *x)[1], jax.ShapeDtypeStruct(tile, jnp.float32), tiles)
     specs = partial(jax.tree.map, lambda x: _token_spec(walk, heads, x, last))
     d_tokens = jax.tree.map(d_like, tokens)
     d_tokens, d_initial = _call(
-        partial(_backward_kernel, chunk, walk),
+        partial(_backward_kernel, chunk, scale, walk),
         walk,
         initial,
         f"{name}_backward",
@@ -235,6 +273,10 @@ def backward(
         ],
         out_specs=[specs(d_tokens), _state_spec(initial.shape)],
         out_shape=[d_tokens, jax.ShapeDtypeStruct(initial.shape, jnp.float32)],
-        scratch_shapes=[pltpu.VMEM((walk.chunks, *tile), jnp.float32), pltpu.VMEM(tile, jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM(tile, jnp.float32),
+            [pltpu.VMEM((walk.chunks, *x.shape), jnp.float32) for x in needed],
+            pltpu.VMEM(tile, jnp.float32),
+        ],
     )(tokens, starts, d_out, d_final)
     return jax.tree.map(_time_first, d_tokens, given), d_initial.mT

@@ -1,5 +1,6 @@
 """The delta rule as Pallas TPU kernels: one chunk of one head at a time, its triangular system solved in VMEM."""
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import lax
 from kernels import tpu_chunks
 from kernels.chunks import compute_dtype
 from kernels.delta_rule.form import Form
-from kernels.tiles import chunk_sums, column, decayed_products, dot, pair_decays, solve, token_indices
+from kernels.tiles import column, decayed_products, diagonal, dot, only, pair_decays, row_sums, solve
 
 Tiles = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
@@ -20,31 +21,27 @@ def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype)
     return tpu_chunks.refusal(key_width, value_width, dtype)
 
 
-def _chunk(form: Form, precision: lax.Precision, state: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+def _chunk(precision: lax.Precision, state: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     """State [V, K] and q [C, K], k [C, K], v [C, V], beta [1, C], log decay None, [1, C] or [C, K] → (state after, out).
 
     The corrections d_i = beta_i (v_i - what the decayed state recalls for k_i) solve a unit lower triangular system.
     """
     q, k, v, beta, g = tiles
-    q *= form.scale
     beta = column(beta)
-    i, j = token_indices(q.shape[0])
     q_in, k_in, k_out, kept = q, k, k, state
     if g is None:
-        among_keys = jnp.where(i > j, dot(k, k, "nt", precision), 0.0)
-        reads = jnp.where(i >= j, dot(q, k, "nt", precision), 0.0)
+        among_keys = only(dot(k, k, "nt", precision), operator.gt)
+        reads = only(dot(q, k, "nt", precision), operator.ge)
     else:
-        upto, after, total = chunk_sums(g)
-        q_in, k_in, k_out = q * jnp.exp(upto), k * jnp.exp(upto), k * jnp.exp(after)
-        kept = state * jnp.exp(total)
         if g.shape[0] == 1:
-            decays = pair_decays(g)
-            among_keys = jnp.where(i > j, dot(k, k, "nt", precision) * decays, 0.0)
-            reads = jnp.where(i >= j, dot(q, k, "nt", precision) * decays, 0.0)
+            sums, decays = row_sums(g), pair_decays(g)
+            among_keys = only(dot(k, k, "nt", precision) * decays, operator.gt)
+            reads = only(dot(q, k, "nt", precision) * decays, operator.ge)
         else:
-            among_keys = decayed_products(k, k, g, precision)
-            own = jnp.where(i == j, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
-            reads = decayed_products(q, k, g, precision) + own
+            (among_keys, reads), sums = decayed_products([k, q], k, g, precision)
+            reads += diagonal(jnp.sum(q * k, axis=1, keepdims=True))
+        upto, after, whole = (jnp.exp(x) for x in sums)
+        q_in, k_in, k_out, kept = q * upto, k * upto, k * after, state * whole
     errors = v - dot(k_in, state, "nt", precision)
     corrections = solve(beta * among_keys, beta * errors)
     out = dot(q_in, state, "nt", precision) + dot(reads, corrections, "nn", precision)
@@ -58,15 +55,17 @@ def _tokens(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay
 def forward(form: Form, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """As `delta_rule` with canonical arguments, see `form.py`. Returns (out, final_state)."""
     *inputs, initial_state = arrays
-    chunk = partial(_chunk, form, compute_dtype(*inputs[:3])[1])
-    return tpu_chunks.forward("delta_rule", chunk, form.chunk_size, _tokens(*inputs), initial_state, inputs[2])
+    chunk = partial(_chunk, compute_dtype(*inputs[:3])[1])
+    return tpu_chunks.forward(
+        "delta_rule", chunk, form.scale, form.chunk_size, _tokens(*inputs), initial_state, inputs[2]
+    )
 
 
 def backward(form: Form, *arrays: Any) -> tuple[Any, ...]:
     """Arguments and the cotangents of (out, final_state) → the cotangents of the arguments."""
     *inputs, initial_state, d_out, d_final = arrays
-    chunk = partial(_chunk, form, compute_dtype(*inputs[:3])[1])
+    chunk = partial(_chunk, compute_dtype(*inputs[:3])[1])
     (dq, dk, dv, d_beta, d_log_decay), d_initial = tpu_chunks.backward(
-        "delta_rule", chunk, form.chunk_size, _tokens(*inputs), initial_state, d_out, d_final
+        "delta_rule", chunk, form.scale, form.chunk_size, _tokens(*inputs), initial_state, d_out, d_final
     )
     return dq, dk, dv, d_beta[..., 0].astype(inputs[3].dtype), d_log_decay, d_initial
