@@ -62,3 +62,8 @@ def run(
 def block_rows() -> int:
     """How many rows (batch × heads × time) an XLA form works on at once: bounds its temporary memory."""
     return 2**14 if jax.default_backend() == "cpu" else 2**18
+
+
+def state_elements() -> int:
+    """How many elements of state a loop over time should update in a step at least: off the CPU a step is a launch."""
+    return 1 if jax.default_backend() == "cpu" else 2**18
