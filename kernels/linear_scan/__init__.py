@@ -48,7 +48,7 @@ def linear_scan(
     x, log_decay, dtype = _check(op, x, log_decay, initial_state, leading="B T")
     batch, time, *features = x.shape
     check_segment_ids(op, segment_ids, {"B": batch, "T": time})
-    refusal = tpu.refusal(batch, time, prod(features), dtype)
+    refusal = tpu.refusal((batch, time, prod(features)), x.dtype, dtype)
     dispatch.check_implementation(op, implementation, refusal)
     state = jnp.zeros((batch, *features), dtype) if initial_state is None else jnp.asarray(initial_state, dtype)
 

@@ -26,10 +26,13 @@ MIN_FEATURES = 32  # fewer leave most of a register's 128 lanes empty
 ONE = (1.0, 0.0)  # real and imaginary part
 
 
-def refusal(batch: int, time: int, features: int, dtype: jnp.dtype) -> str | None:
-    """Why these kernels do not serve a state [batch, features] of `dtype`, or None where they do."""
+def refusal(x_shape: tuple[int, int, int], x_dtype: jnp.dtype, dtype: jnp.dtype) -> str | None:
+    """Why these kernels do not serve x [B, T, F] and a state of `dtype`, or None where they do."""
+    batch, time, features = x_shape
     if dtype not in (jnp.float32, jnp.complex64):
         return f"state and accumulation are float32 or complex64, these arguments need {dtype}"
+    if x_dtype == jnp.float16:
+        return "a TPU has no float16"
     if batch == 0 or time == 0 or features < MIN_FEATURES:
         return f"{batch} sequences of {time} tokens with {features} features, needs at least 1, 1 and {MIN_FEATURES}"
     return None

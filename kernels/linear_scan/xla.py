@@ -1,47 +1,28 @@
 """The linear scan in plain XLA: a loop over time that touches every element of the arrays once.
 
-Where a batch of features is small for the machine, time is cut into chunks that the loop runs through side by side.
+Where the state is small for the machine (a GPU's), time is cut into chunks that the loop runs through side by side.
 A first loop then gives what every chunk adds to the state and by how much it decays, a short one the states between the
 chunks. Arrays are [B, T, F], and inside [B N, C, F]: N chunks of C tokens.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels import dispatch
+from kernels.linear_scan.chunks import by_chunk, chunk_count, join, last, of_chunks, split
 
 Update = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def _chunks(batch: int, time: int, features: int) -> int:
-    """As many as fill the machine but not more than tokens in a chunk; of about so many those that need no filling."""
-    rows = max(batch * features, 1)
-    most = max(min(-(-dispatch.block_rows() // rows), int(time**0.5)), 1)
-    return max((n for n in range(most // 2 + 1, most + 1) if time % n == 0), default=most)
-
-
-def _split(x: jax.Array, chunks: int) -> jax.Array:
-    """[B, T, F] → [B N, C, F], the last chunk filled up with zeros."""
-    batch, time, features = x.shape
-    size = -(-time // chunks)
-    x = x if chunks * size == time else jnp.pad(x, ((0, 0), (0, chunks * size - time), (0, 0)))
-    return x.reshape(batch * chunks, size, features)
 
 
 def _split_decay(log_decay: jax.Array, shape: tuple[int, ...], chunks: int) -> jax.Array:
     """Log decay [1, 1, F] stays as it is unless arrays of `shape` are filled up: filling must not decay the state."""
     if log_decay.shape != shape and shape[1] % chunks == 0:
         return log_decay
-    return _split(jnp.broadcast_to(log_decay, shape), chunks)
-
-
-def _join(x: jax.Array, batch: int, time: int) -> jax.Array:
-    """[B N, C, F] → [B, T, F], the filling cut off."""
-    return x.reshape(batch, -1, x.shape[-1])[:, :time]
+    return split(jnp.broadcast_to(log_decay, shape), chunks)
 
 
 def _token(x: jax.Array, n: Any) -> jax.Array:
@@ -77,14 +58,8 @@ def _chunk_starts(
     shape = (x.shape[0], features)
     nothing = (jnp.zeros(shape, initial_state.dtype), jnp.zeros(shape, log_decay.dtype))
     sums = _loop(x.shape[1], reverse, gather, nothing)
-    by_chunk = jax.tree.map(lambda s: jnp.moveaxis(s.reshape(batch, -1, features), 1, 0), sums)
-    starts = lax.scan(hand_on, initial_state, by_chunk, reverse=reverse)[1]
-    return jnp.moveaxis(starts, 0, 1).reshape(-1, features)
-
-
-def _last(states: jax.Array, batch: int, reverse: bool) -> jax.Array:
-    """States [B N, F] after the chunks → [B, F] after the last one met."""
-    return states.reshape(batch, -1, states.shape[-1])[:, 0 if reverse else -1]
+    sums = jax.tree.map(partial(by_chunk, batch=batch), sums)
+    return of_chunks(lax.scan(hand_on, initial_state, sums, reverse=reverse)[1])
 
 
 def _state_update(state: jax.Array, g: jax.Array, x: jax.Array) -> jax.Array:
@@ -99,8 +74,8 @@ def _cotangent_update(later: jax.Array, g: jax.Array, d_y: jax.Array) -> jax.Arr
 def forward(reverse: bool, x: jax.Array, log_decay: jax.Array, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [B, T, F], log_decay [1, 1, F] or [B, T, F], initial_state [B, F] → (y [B, T, F], final_state [B, F])."""
     batch, time, _ = x.shape
-    chunks = _chunks(*x.shape)
-    x, log_decay = _split(x, chunks), _split_decay(log_decay, x.shape, chunks)
+    chunks = chunk_count(time, initial_state.shape)
+    x, log_decay = split(x, chunks), _split_decay(log_decay, x.shape, chunks)
 
     def step(n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         state, y = carry
@@ -109,7 +84,7 @@ def forward(reverse: bool, x: jax.Array, log_decay: jax.Array, initial_state: ja
 
     state = _chunk_starts(_state_update, reverse, x, log_decay, initial_state)
     state, y = _loop(x.shape[1], reverse, step, (state, jnp.zeros_like(x)))
-    return _join(y, batch, time), _last(state, batch, reverse)
+    return join(y, batch, time), last(state, batch, reverse)
 
 
 def backward(
@@ -117,8 +92,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of (y, final_state) → those of x, of log_decay ([B, T, F], not yet summed) and of initial_state."""
     batch, time, _ = x.shape
-    chunks = _chunks(*x.shape)
-    x, log_decay, d_y = _split(x, chunks), _split_decay(log_decay, x.shape, chunks), _split(d_y, chunks)
+    chunks = chunk_count(time, initial_state.shape)
+    x, log_decay, d_y = split(x, chunks), _split_decay(log_decay, x.shape, chunks), split(d_y, chunks)
 
     def keep(n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         state, before = carry
@@ -136,4 +111,4 @@ def backward(
     later = _chunk_starts(_cotangent_update, not reverse, d_y, log_decay, d_final)
     outputs = (jnp.zeros_like(x), jnp.zeros_like(before))
     later, d_x, d_log_decay = _loop(x.shape[1], not reverse, step, (later, *outputs))
-    return _join(d_x, batch, time), _join(d_log_decay, batch, time), _last(later, batch, not reverse)
+    return join(d_x, batch, time), join(d_log_decay, batch, time), last(later, batch, not reverse)

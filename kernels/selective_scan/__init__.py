@@ -54,7 +54,8 @@ def selective_scan(
         check_floating(op, {"initial_state": initial_state})
     check_segment_ids(op, segment_ids, sizes)
     dtype = jnp.promote_types(jnp.result_type(u, delta, A, B, C), jnp.float32)
-    refusal = tpu.refusal(sizes["B"], sizes["T"], sizes["D"], sizes["N"], dtype)
+    dtypes = [jnp.result_type(x) for x in (u, delta, B, C)]
+    refusal = tpu.refusal((sizes["B"], sizes["T"], sizes["D"]), sizes["N"], dtypes, dtype)
     dispatch.check_implementation(op, implementation, refusal)
     shape = (sizes["B"], sizes["D"], sizes["N"])
     state = jnp.zeros(shape, dtype) if initial_state is None else jnp.asarray(initial_state, dtype)

@@ -23,10 +23,16 @@ Pair = tuple[Any, pl.BlockSpec]
 STATE = 16 * 512  # elements of a state tile, at most
 
 
-def refusal(batch: int, time: int, features: int, states: int, dtype: jnp.dtype) -> str | None:
-    """Why these kernels do not serve u [batch, time, features] with so many states a feature, or None where they do."""
+def refusal(u_shape: tuple[int, int, int], states: int, dtypes: Sequence[Any], dtype: jnp.dtype) -> str | None:
+    """Why these kernels do not serve u [B, T, D], so many states a feature and a state of `dtype`, or None.
+
+    `dtypes` are those of the arrays over time.
+    """
+    batch, time, features = u_shape
     if dtype != jnp.float32:
         return f"state and accumulation are float32, these arguments need {dtype}"
+    if jnp.float16 in dtypes:
+        return "a TPU has no float16"
     if batch == 0 or time == 0 or features % 128 or states % 8 or not 0 < states <= 64 or not features:
         return (
             f"{batch} sequences of {time} tokens, {features} features, {states} states, needs at least one token, a "

@@ -1,9 +1,11 @@
 """The selective scan in plain XLA: a loop over time whose state, [B, N, D], is all that exists of the states.
 
 The backward pass keeps the state at the start of every block of tokens, computes the states of one block at a time
-again, and runs through it backwards. A is given as [N, D], the states as [B, N, D]: features side by side.
+again, and runs through it backwards. Where the state is small for the machine, the loop runs through several chunks of
+time side by side, as that of the linear scan does. A is given as [N, D], states as [B, N, D]: features side by side.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.linear_scan.chunks import by_chunk, chunk_count, join, last, of_chunks, split
+
 Token = tuple[jax.Array, ...]
+Update = Callable[[Any, jax.Array], jax.Array]
 
 _sum = partial(jnp.einsum, precision="highest")
 
@@ -39,14 +44,47 @@ def _update(
     return _decay(delta, A, reset) * state + B[..., None] * (delta * u)[:, None]
 
 
+def _chunk_starts(
+    gather: Update, reverse: bool, A: jax.Array, delta: jax.Array, reset: Token, state: jax.Array
+) -> jax.Array:
+    """The states that enter the chunks delta and reset are cut into, given the first one's [B, N, D].
+
+    `gather` takes a state over token n.
+    """
+    batch, dtype = state.shape[0], state.dtype
+    if delta.shape[0] == batch:
+        return state
+
+    def step(i: Any, carry: tuple[jax.Array, Token]) -> tuple[jax.Array, Token]:
+        state, total = carry
+        n = delta.shape[1] - 1 - i if reverse else i
+        return gather(n, state), tuple(t + x for t, x in zip(total, _token((delta, *reset), n, dtype), strict=True))
+
+    def hand_on(state: jax.Array, chunk: tuple[jax.Array, Token]) -> tuple[jax.Array, jax.Array]:
+        added, (delta, *reset) = chunk
+        return _decay(delta, A, tuple(reset)) * state + added, state
+
+    nothing = jnp.zeros((delta.shape[0], *state.shape[1:]), dtype)
+    total = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], dtype) for x in (delta, *reset))
+    sums = lax.fori_loop(0, delta.shape[1], step, (nothing, total))
+    sums = jax.tree.map(partial(by_chunk, batch=batch), sums)
+    return of_chunks(lax.scan(hand_on, state, sums, reverse=reverse)[1])
+
+
 def forward(u, delta, A, B, C, D, initial_state, reset):
     """Arrays as in the public operation but A [N, D], initial_state [B, N, D], reset None or log decay [B, T] to add.
 
     Returns (y [B, T, D] in u's dtype, final_state [B, N, D]).
     """
     dtype = initial_state.dtype
+    batch, time, _ = u.shape
+    chunks = chunk_count(time, initial_state.shape)
     A, D = A.astype(dtype), D.astype(dtype)
-    arrays = (u, delta, B) if reset is None else (u, delta, B, reset)
+    u, delta, B, C, *resets = (split(x, chunks) for x in (u, delta, B, C, reset) if x is not None)
+    arrays = (u, delta, B, *resets)
+    start = _chunk_starts(
+        lambda n, state: _update(state, A, *_token(arrays, n, dtype)), False, A, delta, tuple(resets), initial_state
+    )
 
     def step(n: Any, carry: tuple[jax.Array, Token]) -> tuple[jax.Array, Token]:
         state, y = carry
@@ -55,21 +93,24 @@ def forward(u, delta, A, B, C, D, initial_state, reset):
         read = _sum("bn,bnd->bd", _token((C,), n, dtype)[0], state)
         return state, _write(y, (read + D * token[0],), n)
 
-    final_state, (y,) = lax.fori_loop(0, u.shape[1], step, (initial_state, (jnp.zeros_like(u),)))
-    return y, final_state
+    state, (y,) = lax.fori_loop(0, u.shape[1], step, (start, (jnp.zeros_like(u),)))
+    return join(y, batch, time), last(state, batch, reverse=False)
 
 
 def backward(u, delta, A, B, C, D, initial_state, reset, d_y, d_final):
     """Cotangents of (y, final_state) → those of (u, delta, A, B, C, D, initial_state)."""
     dtype = initial_state.dtype
-    time = u.shape[1]
-    length = max(int(time**0.5), 1)
-    blocks = -(-time // length)
+    batch, time, _ = u.shape
+    chunks = chunk_count(time, initial_state.shape)
     A, D = A.astype(dtype), D.astype(dtype)
-    arrays = (u, delta, B) if reset is None else (u, delta, B, reset)
+    u, delta, B, C, d_y, *resets = (split(x, chunks) for x in (u, delta, B, C, d_y, reset) if x is not None)
+    arrays = (u, delta, B, *resets)
+    size = u.shape[1]
+    length = max(int(size**0.5), 1)
+    blocks = -(-size // length)
 
     def bounds(block: Any) -> tuple[Any, Any]:
-        return block * length, jnp.minimum((block + 1) * length, time)
+        return block * length, jnp.minimum((block + 1) * length, size)
 
     def advance(state: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
         after = lax.fori_loop(*bounds(block), lambda n, h: _update(h, A, *_token(arrays, n, dtype)), state)
@@ -111,11 +152,17 @@ def backward(u, delta, A, B, C, D, initial_state, reset, d_y, d_final):
 
         return lax.fori_loop(0, stop - start, step, carry)
 
-    _, block_starts = lax.scan(advance, initial_state, jnp.arange(blocks))
-    gradients = tuple(jnp.zeros_like(x) for x in (u, delta, B, C))
-    carry = (d_final, jnp.zeros_like(initial_state), gradients)
-    d_initial, d_A, (d_u, d_delta, d_B, d_C) = lax.fori_loop(
-        0, blocks, lambda i, carry: pull(blocks - 1 - i, carry), carry
+    def back(n: Any, later: jax.Array) -> jax.Array:
+        dt, c, d_out, *reset_now = _token((delta, C, d_y, *resets), n, dtype)
+        return _decay(dt, A, tuple(reset_now)) * (later + c[..., None] * d_out[:, None])
+
+    start = _chunk_starts(
+        lambda n, state: _update(state, A, *_token(arrays, n, dtype)), False, A, delta, tuple(resets), initial_state
     )
+    _, block_starts = lax.scan(advance, start, jnp.arange(blocks))
+    later = _chunk_starts(back, True, A, delta, tuple(resets), d_final)
+    carry = (later, jnp.zeros_like(start), tuple(jnp.zeros_like(x) for x in (u, delta, B, C)))
+    d_state, d_A, gradients = lax.fori_loop(0, blocks, lambda i, carry: pull(blocks - 1 - i, carry), carry)
+    d_u, d_delta, d_B, d_C = (join(x, batch, time) for x in gradients)
     d_D = jnp.sum(d_y.astype(dtype) * u.astype(dtype), (0, 1))
-    return d_u, d_delta, jnp.sum(d_A, 0), d_B, d_C, d_D, d_initial
+    return d_u, d_delta, jnp.sum(d_A, 0), d_B, d_C, d_D, last(d_state, batch, reverse=True)

@@ -134,12 +134,12 @@ def test_xla_is_the_definition_in_float64(kind, layout, reverse):
         assert error(got[name], wanted[name]) < 1e-13, name
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_chunks_side_by_side_change_nothing(monkeypatch, reverse):
-    given = problem(time=63, layout="packed", reverse=reverse)
-    chunked = evaluate(given, "xla")
-    monkeypatch.setattr(dispatch, "block_rows", lambda: 1)
+@pytest.mark.parametrize(("time", "layout", "reverse"), [(63, "packed", True), (61, "constant", False)])
+def test_chunks_side_by_side_change_nothing(monkeypatch, time, layout, reverse):
+    given = problem(time=time, layout=layout, reverse=reverse)
     whole = evaluate(given, "xla")
+    monkeypatch.setattr(dispatch, "state_elements", lambda: 1000)
+    chunked = evaluate(given, "xla")
     for name in RESULTS:
         assert error(chunked[name], whole[name]) < 1e-13, name
 
@@ -329,3 +329,5 @@ def test_pallas_on_a_cpu_is_refused():
         linear_scan(**given, implementation="pallas")
     with pytest.raises(NotImplementedError, match="3 features"):
         linear_scan(**arguments(), implementation="pallas")
+    with pytest.raises(NotImplementedError, match="float16"):
+        linear_scan(jnp.ones((1, 4, 64), jnp.float16), -jnp.ones(64), implementation="pallas")

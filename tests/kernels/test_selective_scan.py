@@ -86,6 +86,16 @@ def test_xla_is_the_definition_in_float64(time, packed):
         assert error(got[name], wanted[name]) < 1e-13, name
 
 
+@pytest.mark.parametrize("time", [20, 23])
+def test_chunks_side_by_side_change_nothing(monkeypatch, time):
+    given, ids = problem(time=time, packed=True)
+    whole = in_double(given, ids, "xla")
+    monkeypatch.setattr(dispatch, "state_elements", lambda: 1000)
+    chunked = in_double(given, ids, "xla")
+    for name in RESULTS:
+        assert error(chunked[name], whole[name]) < 1e-13, name
+
+
 @pytest.mark.parametrize("time", [63, 1000])
 @pytest.mark.parametrize(("dtype", "step_size"), [(jnp.float32, 0.01), (jnp.float32, 3.0), (jnp.bfloat16, 0.1)])
 def test_xla_is_as_exact_as_the_definition_in_the_same_dtype(dtype, step_size, time):
@@ -234,3 +244,7 @@ def test_pallas_on_a_cpu_is_refused():
         selective_scan(*(given[name] for name in ("u", "delta", "A", "B", "C")), implementation="pallas")
     with pytest.raises(NotImplementedError, match="6 features"):
         selective_scan(**arguments(), implementation="pallas")
+    with pytest.raises(NotImplementedError, match="float16"):
+        selective_scan(
+            *(given[name].astype(jnp.float16) for name in ("u", "delta", "A", "B", "C")), implementation="pallas"
+        )
