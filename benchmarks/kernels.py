@@ -167,6 +167,8 @@ def read_cases(options: Options) -> Iterable[Case]:
         raise ZooError(f"--repeats: got {options.repeats}, wanted 2 or more, for a median and quartiles")
     if "step" in modes(options) and (options.against or options.implementation or options.sweep_t):
         raise ZooError("--mode step: a step has one form and no T: leave out other contenders and --sweep-t")
+    if options.json and not options.json.parent.is_dir():
+        raise ZooError(f"--json: {options.json.parent} is not a folder")
     if options.target and options.against:
         raise ZooError("--target: nothing is timed: leave --against out")
     if options.sweep_t and (len(options.shape) != 1 or not set(options.against) | set(options.implementation[1:])):

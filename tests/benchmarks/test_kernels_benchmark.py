@@ -121,6 +121,7 @@ def test_a_wrong_shape_is_one_line(op, shape, message, capsys):
         ("--shape B1,T8,H2,K4,V4 --sweep-t 8,16", "two contenders"),
         ("--sweep-t 8,16 --against reference", "one --shape"),
         ("--repeats 1", "--repeats"),
+        ("--json nowhere/out.json", "nowhere is not a folder"),
         ("--target v5e --against reference", "--target"),
         ("--op delta_rule --quick --against dot_product_attention", "serves linear_attention"),
         ("--op delta_rule --gate scalar --quick --against tokamax", "--gate channel"),
