@@ -86,9 +86,8 @@ def test_xla_is_the_definition_in_float64(time, packed):
         assert error(got[name], wanted[name]) < 1e-13, name
 
 
-@pytest.mark.parametrize("time", [20, 23])
-def test_chunks_side_by_side_change_nothing(monkeypatch, time):
-    given, ids = problem(time=time, packed=True)
+def test_chunks_side_by_side_change_nothing(monkeypatch):
+    given, ids = problem(time=23, packed=True)
     whole = in_double(given, ids, "xla")
     monkeypatch.setattr(dispatch, "state_elements", lambda: 1000)
     chunked = in_double(given, ids, "xla")
@@ -96,8 +95,9 @@ def test_chunks_side_by_side_change_nothing(monkeypatch, time):
         assert error(chunked[name], whole[name]) < 1e-13, name
 
 
-@pytest.mark.parametrize("time", [63, 1000])
-@pytest.mark.parametrize(("dtype", "step_size"), [(jnp.float32, 0.01), (jnp.float32, 3.0), (jnp.bfloat16, 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "step_size", "time"), [(jnp.float32, 0.01, 1000), (jnp.float32, 3.0, 63), (jnp.bfloat16, 0.1, 1000)]
+)
 def test_xla_is_as_exact_as_the_definition_in_the_same_dtype(dtype, step_size, time):
     given, ids = problem(time=time, packed=True, step_size=step_size)
     given = in_dtype(given, dtype)
@@ -107,7 +107,7 @@ def test_xla_is_as_exact_as_the_definition_in_the_same_dtype(dtype, step_size, t
 
 @pytest.mark.parametrize(
     ("dtype", "batch", "features", "packed", "step"),
-    [(jnp.float32, 1, 128, True, 16), (jnp.float32, 2, 256, False, 4), (jnp.bfloat16, 1, 128, False, 4)],
+    [(jnp.float32, 1, 128, True, 8), (jnp.float32, 2, 256, False, 4), (jnp.bfloat16, 1, 128, False, 4)],
 )
 def test_pallas_is_as_exact_as_xla(monkeypatch, dtype, batch, features, packed, step):
     monkeypatch.setattr(pallas, "STEP", step)
