@@ -18,9 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 STEP = 16  # tokens between loads and stores: a whole tile also in bfloat16
 BLOCK = 128  # tokens whose states the backward pass holds
-Pair = tuple[Any, pl.BlockSpec]
+# Elements of a state tile, at most. Half as many spill hardly any registers, but take half as many bundles again.
+STATE = 16 * 512
 
-STATE = 16 * 512  # elements of a state tile, at most
+Pair = tuple[Any, pl.BlockSpec]
 
 
 def refusal(u_shape: tuple[int, int, int], states: int, dtypes: Sequence[Any], dtype: jnp.dtype) -> str | None:
@@ -43,7 +44,7 @@ def refusal(u_shape: tuple[int, int, int], states: int, dtypes: Sequence[Any], d
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What sixteen tokens bring: u, delta [16, F], B and others [N, 16], log decays to add [16, 1]."""
+    """What sixteen tokens bring: u, delta [16, F], B [N, 16], log decays to add [16, 1]."""
 
     u: jax.Array
     delta: jax.Array
