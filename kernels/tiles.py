@@ -1,8 +1,8 @@
 """Bricks for the insides of TPU kernels: functions of 2-D float32 tiles that Mosaic lowers, forward and backward.
 
-Mosaic has no running sum, so sums of log decays are products with 0/1 matrices made from iotas, in full float32. As in
-`kernels.decay` only the wanted terms are summed and nothing is subtracted. C is the number of tokens of a chunk, a
-power of two; a gate of one number a token comes as a row [1, C], a gate of K channels as [C, K].
+Mosaic has no running sum: log decays are summed by doubling. As in `kernels.decay` only the wanted terms are summed and
+nothing is subtracted. C is the number of tokens of a chunk, a power of two; a gate of one number a token comes as a row
+[1, C], a gate of K channels as [C, K].
 """
 
 import operator
@@ -88,7 +88,7 @@ _swapped.defvjp(lambda x, level: (_swapped(x, level), None), lambda level, _, d:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def only(x: jax.Array, where: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """x where `where(row, column)` of a number's place holds, else 0; the gradient makes the mask again, not keeps it."""
+    """x where `where(row, column)` of the place holds, else 0; the gradient makes the mask again, keeping none."""
     i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return jnp.where(where(i, j), x, 0.0)
 
@@ -131,7 +131,7 @@ def pair_decays(g: jax.Array) -> jax.Array:
 def _level_products(
     rows: jax.Array, columns: jax.Array, sums: jax.Array, level: int, precision: lax.Precision
 ) -> jax.Array:
-    """[C, K] each → [C, C]: products of rows_i and columns_j, both times exp(sums), where i and j part at this level."""
+    """[C, K] each → [C, C]: products of rows_i and columns_j, times exp(sums), where i and j part at this level."""
     decay = jnp.exp(sums)
     return only(dot(rows * decay, columns * decay, "nt", precision), partial(_parting, level))
 
@@ -155,7 +155,7 @@ _level_products.defvjp(_level_products_forward, _level_products_backward)
 def decayed_products(
     sides: Sequence[jax.Array], columns: jax.Array, g: jax.Array, precision: lax.Precision
 ) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """For each [C, K] of `sides`, [C, C]: sum_k side_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}) where i > j, else 0.
+    """For each of `sides` [C, K], [C, C]: sum_k side_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}) where i > j; else 0.
 
     By doubling as in `kernels.decay`: pairs whose tokens lie in the right and the left one of two neighbouring blocks
     of 1, 2, 4, … tokens; there the decay is that up to and with i within its block times that after j within its own.
@@ -209,21 +209,22 @@ def _inverse(a: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def solve(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[C, C], strictly lower triangular, and [C, V] → (I + a)⁻¹ b."""
-    return dot(_inverse(a), b, "nn", lax.Precision.HIGHEST)
+def solve(a: jax.Array, sides: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """[C, C], strictly lower triangular, and right-hand sides [C, F] → (I + a)⁻¹ times each."""
+    return _solve_forward(a, sides)[0]
 
 
-def _solve_forward(a: jax.Array, b: jax.Array) -> Any:
+def _solve_forward(a: jax.Array, sides: tuple[jax.Array, ...]) -> Any:
     inverse = _inverse(a)
-    solved = dot(inverse, b, "nn", lax.Precision.HIGHEST)
+    solved = tuple(dot(inverse, side, "nn", lax.Precision.HIGHEST) for side in sides)
     return solved, (inverse, solved)
 
 
-def _solve_backward(kept: Any, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _solve_backward(kept: Any, d_solved: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     inverse, solved = kept
-    d_b = dot(inverse, d, "tn", lax.Precision.HIGHEST)
-    return only(-dot(d_b, solved, "nt", lax.Precision.HIGHEST), operator.gt), d_b
+    d_sides = tuple(dot(inverse, d, "tn", lax.Precision.HIGHEST) for d in d_solved)
+    products = [dot(d, x, "nt", lax.Precision.HIGHEST) for d, x in zip(d_sides, solved, strict=True)]
+    return only(-sum(products[1:], products[0]), operator.gt), d_sides
 
 
 solve.defvjp(_solve_forward, _solve_backward)

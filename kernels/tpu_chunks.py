@@ -1,9 +1,9 @@
 """Walking over chunks of time in a TPU kernel, one head of one example after another, the state staying on the chip.
 
-An operation gives `chunk(state, tiles) -> (state, out)`, a function of float32 tiles: state [V, K] (transposed, so that
-a decay of K channels is a row of it), `tiles` a pytree of [C, F] and, for one number a token, [1, C]; out is [C, V].
-The backward kernel is that function's VJP, traced inside the kernel. States are stored once a block of chunks and
-computed again in between.
+An operation gives two functions of float32 tiles (`Op`): `prepare`, all that does not depend on the state, and
+`advance`, which moves the state [V, K] (transposed, so that a decay of K channels is a row of it) over a chunk. The
+backward kernel is made of their VJPs, taken inside the kernel. It walks a block of chunks forward, keeping in VMEM what
+the VJPs need, and then back; only the state at the start of each block has gone through HBM.
 
 The arrays of `tokens` are [B, T, G, F] with any G that divides H; heads share theirs through the index maps.
 """
@@ -11,7 +11,7 @@ The arrays of `tokens` are [B, T, G, F] with any G that divides H; heads share t
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Chunk = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
-
 BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    prepare: Callable[[Any], Any]
+    """Tiles of a chunk, [C, F] or, for one number a token, [1, C] → a pytree of tiles."""
+    advance: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+    """State at the chunk's start and what was prepared → (state after it, out [C, V])."""
+    scale: float
+    """Of the output."""
 
 
 def refusal(key_width: int, value_width: int, dtype: jnp.dtype) -> str | None:
@@ -44,7 +53,8 @@ class Walk:
     blocks: int
 
     @classmethod
-    def over(cls, time: int, size: int) -> "Walk":
+    def over(cls, time: int, chunk_size: int) -> "Walk":
+        size = min(max(chunk_size, 16), 128)  # rows of a bfloat16 tile, columns of a register
         chunks = max(pl.cdiv(time, size), 1)
         blocks = pl.cdiv(chunks, max(BLOCK_TOKENS // size, 1))
         return cls(size, pl.cdiv(chunks, blocks), blocks)
@@ -94,36 +104,84 @@ def _tiles(walk: Walk, refs: Any, i: Any) -> Any:
     return jax.tree.map(lambda ref: ref[_where(walk, ref, i)].astype(jnp.float32), refs)
 
 
-def _call(kernel: Callable[..., None], walk: Walk, state: jax.Array, name: str, **options: Any) -> Callable[..., Any]:
-    return pl.pallas_call(
-        kernel,
-        grid=(*state.shape[:2], walk.blocks),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        name=name,
-        **options,
-    )
+def _read(refs: list[Any], i: Any) -> list[jax.Array]:
+    return [ref[i] for ref in refs]
 
 
-def _forward_kernel(chunk: Chunk, scale: float, walk: Walk, *refs: Any) -> None:
-    tokens, initial, out, final, state = refs
+def _write(refs: list[Any], i: Any, values: list[jax.Array]) -> None:
+    for ref, value in zip(refs, values, strict=True):
+        ref[i] = value
+
+
+def _split(tree: Any, given: Any) -> tuple[list[jax.Array], Callable[[Any, list[jax.Array]], Any]]:
+    """The leaves of `tree` that are not among those of `given`, and `join(given, leaves)` to make it again."""
+    leaves, structure = jax.tree.flatten(tree)
+    known = jax.tree.leaves(given)
+    count = len(known)
+    places = {id(x): n for n, x in enumerate(known)}
+    for x in leaves:
+        if id(x) not in places:
+            places[id(x)] = len(known)
+            known.append(x)
+    order = [places[id(x)] for x in leaves]
+
+    def join(given: Any, others: list[jax.Array]) -> Any:
+        arrays = [*jax.tree.leaves(given), *others]
+        return jax.tree.unflatten(structure, [arrays[n] for n in order])
+
+    return known[count:], join
+
+
+class Memory(NamedTuple):
+    """What the backward kernel keeps of a block's chunks: prepared tiles, their cotangents and both VJPs' residuals."""
+
+    prepared: list[Any]
+    d_prepared: list[Any]
+    to_prepare: list[Any]
+    to_advance: list[Any]
+
+    @classmethod
+    def shapes(cls, op: Op, walk: Walk, state: jax.ShapeDtypeStruct, tiles: Any) -> "Memory":
+        def trace(state: jax.Array, tiles: Any) -> Memory:
+            prepared, pull = jax.vjp(op.prepare, tiles)
+            to_prepare, _ = _split(pull, (tiles, prepared))
+            _, pull = jax.vjp(op.advance, state, prepared)
+            return cls(_split(prepared, tiles)[0], jax.tree.leaves(prepared), to_prepare, _split(pull, prepared)[0])
+
+        return jax.tree.map(
+            lambda x: pltpu.VMEM((walk.chunks, *x.shape), jnp.float32), jax.eval_shape(trace, state, tiles)
+        )
+
+
+def _forward_kernel(op: Op, walk: Walk, *refs: Any) -> None:
+    tokens, initial, out, final, state, kept = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
     def _():
         state[...] = initial[...]
 
-    def step(i, _):
-        state[...], rows = chunk(state[...], _tiles(walk, tokens, i))
-        out[_where(walk, out, i)] = (scale * rows).astype(out.dtype)
+    joins = []
 
-    lax.fori_loop(0, walk.chunks, step, None)
+    def prepare(i, _):
+        tiles = _tiles(walk, tokens, i)
+        prepared, join = _split(op.prepare(tiles), tiles)
+        joins.append(join)
+        _write(kept, i, prepared)
+
+    def advance(i, _):
+        state[...], rows = op.advance(state[...], joins[-1](_tiles(walk, tokens, i), _read(kept, i)))
+        out[_where(walk, out, i)] = (op.scale * rows).astype(out.dtype)
+
+    lax.fori_loop(0, walk.chunks, prepare, None)
+    lax.fori_loop(0, walk.chunks, advance, None)
 
     @pl.when(n == walk.blocks - 1)
     def _():
         final[...] = state[...]
 
 
-def _states_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, starts: Any, state: Any) -> None:
+def _states_kernel(op: Op, walk: Walk, tokens: Any, initial: Any, starts: Any, state: Any) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = initial[...]
@@ -131,33 +189,13 @@ def _states_kernel(chunk: Chunk, walk: Walk, tokens: Any, initial: Any, starts: 
     starts[...] = state[...]
 
     def step(i, _):
-        state[...], _ = chunk(state[...], _tiles(walk, tokens, i))
+        state[...], _ = op.advance(state[...], op.prepare(_tiles(walk, tokens, i)))
 
     lax.fori_loop(0, walk.chunks, step, None)
 
 
-def _linearized(chunk: Chunk, state: jax.Array, tiles: Any) -> tuple[jax.Array, list[jax.Array], Callable[..., Any]]:
-    """The state after a chunk, what its gradient needs beside `tiles`, and `pull(tiles, needed)` to make the VJP of it."""
-    (state, _), vjp = jax.vjp(chunk, state, tiles)
-    residuals, structure = jax.tree.flatten(vjp)
-    given = jax.tree.leaves(tiles)
-    places = {id(x): n for n, x in enumerate(given)}
-    needed = []
-    for x in residuals:
-        if id(x) not in places:
-            places[id(x)] = len(places)
-            needed.append(x)
-    order = [places[id(x)] for x in residuals]
-
-    def pull(tiles: Any, needed: list[jax.Array]) -> Any:
-        arrays = [*jax.tree.leaves(tiles), *needed]
-        return jax.tree.unflatten(structure, [arrays[n] for n in order])
-
-    return state, needed, pull
-
-
-def _backward_kernel(chunk: Chunk, scale: float, walk: Walk, *refs: Any) -> None:
-    tokens, start, d_out, d_final, d_tokens, d_initial, state, needed, d_state = refs
+def _backward_kernel(op: Op, walk: Walk, *refs: Any) -> None:
+    tokens, start, d_out, d_final, d_tokens, d_initial, state, d_state, memory = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
@@ -165,84 +203,114 @@ def _backward_kernel(chunk: Chunk, scale: float, walk: Walk, *refs: Any) -> None
         d_state[...] = d_final[...]
 
     state[...] = start[...]
-    pulls = []
+    join: dict[
+        str, Callable[..., Any]
+    ] = {}  # how to put trees together again; filled when the first two loops are traced
 
-    def ahead(i, _):
-        state[...], values, pull = _linearized(chunk, state[...], _tiles(walk, tokens, i))
-        pulls.append(pull)
-        for ref, value in zip(needed, values, strict=True):
-            ref[i] = value
+    def prepared_at(i):
+        return join["prepared"](_tiles(walk, tokens, i), _read(memory.prepared, i))
 
-    lax.fori_loop(0, walk.chunks, ahead, None)
+    def prepare(i, _):
+        tiles = _tiles(walk, tokens, i)
+        prepared, pull = jax.vjp(op.prepare, tiles)
+        values, join["prepared"] = _split(prepared, tiles)
+        _write(memory.prepared, i, values)
+        values, join["prepare"] = _split(pull, (tiles, prepared))
+        _write(memory.to_prepare, i, values)
 
-    def back(step, _):
+    def advance(i, _):
+        prepared = prepared_at(i)
+        (state[...], _), pull = jax.vjp(op.advance, state[...], prepared)
+        values, join["advance"] = _split(pull, prepared)
+        _write(memory.to_advance, i, values)
+
+    def pull_advance(step, _):
         i = walk.chunks - 1 - step
-        pull = pulls[-1](_tiles(walk, tokens, i), [ref[i] for ref in needed])
-        d_state[...], d_tiles = pull((d_state[...], scale * _tiles(walk, d_out, i)))
+        pull = join["advance"](prepared_at(i), _read(memory.to_advance, i))
+        d_state[...], d_prepared = pull((d_state[...], op.scale * _tiles(walk, d_out, i)))
+        _write(memory.d_prepared, i, jax.tree.leaves(d_prepared))
+
+    def pull_prepare(i, _):
+        tiles, prepared = _tiles(walk, tokens, i), prepared_at(i)
+        pull = join["prepare"]((tiles, prepared), _read(memory.to_prepare, i))
+        (d_tiles,) = pull(jax.tree.unflatten(jax.tree.structure(prepared), _read(memory.d_prepared, i)))
 
         def write(ref, d):
             ref[_where(walk, ref, i)] = d.astype(ref.dtype)
 
         jax.tree.map(write, d_tokens, d_tiles)
 
-    lax.fori_loop(0, walk.chunks, back, None)
+    for loop in (prepare, advance, pull_advance, pull_prepare):
+        lax.fori_loop(0, walk.chunks, loop, None)
 
     @pl.when(n == walk.blocks - 1)
     def _():
         d_initial[...] = d_state[...]
 
 
-def forward(
-    name: str, chunk: Chunk, scale: float, size: int, tokens: Any, initial: jax.Array, out_like: jax.Array
-) -> Any:
-    """Walks `chunk` over time from `initial` [B, H, K, V]; `out_like` has the output's shape [B, T, H, V] and dtype.
+def _call(kernel: Callable[..., None], op: Op, walk: Walk, state: jax.Array, **options: Any) -> Callable[..., Any]:
+    return pl.pallas_call(
+        partial(kernel, op, walk),
+        grid=(*state.shape[:2], walk.blocks),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        name=f"{op.name}{kernel.__name__.removesuffix('_kernel')}",
+        **options,
+    )
+
+
+def _tile_shapes(walk: Walk, tokens: Any) -> Any:
+    def tile(x):
+        shape = x.shape[3:] if x.ndim == 5 else (walk.size, x.shape[3])
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    return jax.tree.map(tile, tokens)
+
+
+def forward(op: Op, size: int, tokens: Any, initial: jax.Array, out_like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Walks `op` over time from `initial` [B, H, K, V], `size` tokens a chunk.
+
+    `out_like` has the output's shape [B, T, H, V] and dtype.
 
     Returns:
       out and the final state [B, H, K, V].
     """
     walk = Walk.over(out_like.shape[1], size)
     initial = initial.mT
-    batch, heads, width, _ = initial.shape
+    batch, heads, *tile = initial.shape
     tokens = jax.tree.map(partial(_head_first, walk), tokens)
-    out = jax.ShapeDtypeStruct((batch, heads, walk.time, width), out_like.dtype)
+    out = jax.ShapeDtypeStruct((batch, heads, walk.time, tile[0]), out_like.dtype)
     specs = partial(jax.tree.map, lambda x: _token_spec(walk, heads, x, lambda n: n))
+    kept = jax.eval_shape(lambda tiles: _split(op.prepare(tiles), tiles)[0], _tile_shapes(walk, tokens))
     out, final = _call(
-        partial(_forward_kernel, chunk, scale, walk),
+        _forward_kernel,
+        op,
         walk,
         initial,
-        f"{name}_forward",
         in_specs=[specs(tokens), _state_spec(initial.shape)],
         out_specs=[specs(out), _state_spec(initial.shape)],
         out_shape=[out, jax.ShapeDtypeStruct(initial.shape, jnp.float32)],
-        scratch_shapes=[pltpu.VMEM(initial.shape[2:], jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM(tile, jnp.float32),
+            [pltpu.VMEM((walk.chunks, *x.shape), jnp.float32) for x in kept],
+        ],
     )(tokens, initial)
     return jnp.transpose(out[:, :, : out_like.shape[1]], (0, 2, 1, 3)), final.mT
 
 
-def backward(
-    name: str,
-    chunk: Chunk,
-    scale: float,
-    size: int,
-    tokens: Any,
-    initial: jax.Array,
-    d_out: jax.Array,
-    d_final: jax.Array,
-) -> Any:
+def backward(op: Op, size: int, tokens: Any, initial: jax.Array, d_out: jax.Array, d_final: jax.Array) -> Any:
     """Cotangents of `forward`'s results → (those of `tokens`, in their shapes and dtypes, and that of `initial`)."""
     walk = Walk.over(d_out.shape[1], size)
     initial, d_final = initial.mT, d_final.mT
     batch, heads, *tile = initial.shape
     given, tokens = tokens, jax.tree.map(partial(_head_first, walk), tokens)
     d_out = _head_first(walk, d_out)
-    step_state = pl.BlockSpec((None, None, None, *tile), lambda b, h, n: (b, h, n, 0, 0))
     starts = _call(
-        partial(_states_kernel, chunk, walk),
+        _states_kernel,
+        op,
         walk,
         initial,
-        f"{name}_states",
         in_specs=[jax.tree.map(lambda x: _token_spec(walk, heads, x, lambda n: n), tokens), _state_spec(initial.shape)],
-        out_specs=step_state,
+        out_specs=pl.BlockSpec((None, None, None, *tile), lambda b, h, n: (b, h, n, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((batch, heads, walk.blocks, *tile), jnp.float32),
         scratch_shapes=[pltpu.VMEM(tile, jnp.float32)],
     )(tokens, initial)
@@ -254,17 +322,14 @@ def backward(
         dtype = x.dtype if x.shape[1] == heads else jnp.float32
         return jax.ShapeDtypeStruct((batch, heads, *x.shape[2:]), dtype)
 
-    tiles = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((walk.size, x.shape[3]) if x.ndim == 4 else x.shape[3:], jnp.float32), tokens
-    )
-    needed = jax.eval_shape(lambda *x: _linearized(chunk, *x)[1], jax.ShapeDtypeStruct(tile, jnp.float32), tiles)
     specs = partial(jax.tree.map, lambda x: _token_spec(walk, heads, x, last))
     d_tokens = jax.tree.map(d_like, tokens)
+    memory = Memory.shapes(op, walk, jax.ShapeDtypeStruct(tile, jnp.float32), _tile_shapes(walk, tokens))
     d_tokens, d_initial = _call(
-        partial(_backward_kernel, chunk, scale, walk),
+        _backward_kernel,
+        op,
         walk,
         initial,
-        f"{name}_backward",
         in_specs=[
             specs(tokens),
             pl.BlockSpec((None, None, None, *tile), lambda b, h, n: (b, h, last(n), 0, 0)),
@@ -273,10 +338,6 @@ def backward(
         ],
         out_specs=[specs(d_tokens), _state_spec(initial.shape)],
         out_shape=[d_tokens, jax.ShapeDtypeStruct(initial.shape, jnp.float32)],
-        scratch_shapes=[
-            pltpu.VMEM(tile, jnp.float32),
-            [pltpu.VMEM((walk.chunks, *x.shape), jnp.float32) for x in needed],
-            pltpu.VMEM(tile, jnp.float32),
-        ],
+        scratch_shapes=[pltpu.VMEM(tile, jnp.float32), pltpu.VMEM(tile, jnp.float32), memory],
     )(tokens, starts, d_out, d_final)
     return jax.tree.map(_time_first, d_tokens, given), d_initial.mT

@@ -12,8 +12,10 @@ from kernels import tpu_chunks
 from kernels.chunks import compute_dtype
 from kernels.delta_rule.form import Form
 from kernels.tiles import column, decayed_products, diagonal, dot, only, pair_decays, row_sums, solve
+from kernels.tpu_chunks import Op
 
 Tiles = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
+Prepared = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype) -> str | None:
@@ -21,15 +23,16 @@ def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype)
     return tpu_chunks.refusal(key_width, value_width, dtype)
 
 
-def _chunk(precision: lax.Precision, state: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """State [V, K] and q [C, K], k [C, K], v [C, V], beta [1, C], log decay None, [1, C] or [C, K] → (state after, out).
+def _prepare(precision: lax.Precision, tiles: Tiles) -> Prepared:
+    """q [C, K], k [C, K], v [C, V], beta [1, C], log decay None, [1, C] or [C, K] → what `_advance` takes.
 
-    The corrections d_i = beta_i (v_i - what the decayed state recalls for k_i) solve a unit lower triangular system.
+    The corrections d_i = beta_i (v_i - what the decayed state recalls for k_i) solve a unit lower triangular system,
+    whose right-hand side has a part of the values and one of the keys, to be applied to the state.
     """
     q, k, v, beta, g = tiles
     beta = column(beta)
-    q_in, k_in, k_out, kept = q, k, k, state
     if g is None:
+        q_in, k_in, k_out, kept = q, k, k, None
         among_keys = only(dot(k, k, "nt", precision), operator.gt)
         reads = only(dot(q, k, "nt", precision), operator.ge)
     else:
@@ -40,12 +43,24 @@ def _chunk(precision: lax.Precision, state: jax.Array, tiles: Tiles) -> tuple[ja
         else:
             (among_keys, reads), sums = decayed_products([k, q], k, g, precision)
             reads += diagonal(jnp.sum(q * k, axis=1, keepdims=True))
-        upto, after, whole = (jnp.exp(x) for x in sums)
-        q_in, k_in, k_out, kept = q * upto, k * upto, k * after, state * whole
-    errors = v - dot(k_in, state, "nt", precision)
-    corrections = solve(beta * among_keys, beta * errors)
+        upto, after, kept = (jnp.exp(x) for x in sums)
+        q_in, k_in, k_out = q * upto, k * upto, k * after
+    from_values, from_keys = solve(beta * among_keys, (beta * v, beta * k_in))
+    return q_in, reads, from_values, from_keys, k_out, kept
+
+
+def _advance(precision: lax.Precision, state: jax.Array, prepared: Prepared) -> tuple[jax.Array, jax.Array]:
+    """State [V, K] at the chunk's start → (state after it, out [C, V])."""
+    q_in, reads, from_values, from_keys, k_out, kept = prepared
+    corrections = from_values - dot(from_keys, state, "nt", precision)
     out = dot(q_in, state, "nt", precision) + dot(reads, corrections, "nn", precision)
-    return kept + dot(corrections, k_out, "tn", precision), out
+    state = state if kept is None else state * kept
+    return state + dot(corrections, k_out, "tn", precision), out
+
+
+def _op(form: Form, q: jax.Array, k: jax.Array, v: jax.Array) -> Op:
+    _, precision = compute_dtype(q, k, v)
+    return Op("delta_rule", partial(_prepare, precision), partial(_advance, precision), form.scale)
 
 
 def _tokens(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None) -> Any:
@@ -55,17 +70,15 @@ def _tokens(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay
 def forward(form: Form, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """As `delta_rule` with canonical arguments, see `form.py`. Returns (out, final_state)."""
     *inputs, initial_state = arrays
-    chunk = partial(_chunk, compute_dtype(*inputs[:3])[1])
-    return tpu_chunks.forward(
-        "delta_rule", chunk, form.scale, form.chunk_size, _tokens(*inputs), initial_state, inputs[2]
-    )
+    op = _op(form, *inputs[:3])
+    return tpu_chunks.forward(op, form.chunk_size, _tokens(*inputs), initial_state, inputs[2])
 
 
 def backward(form: Form, *arrays: Any) -> tuple[Any, ...]:
     """Arguments and the cotangents of (out, final_state) → the cotangents of the arguments."""
     *inputs, initial_state, d_out, d_final = arrays
-    chunk = partial(_chunk, compute_dtype(*inputs[:3])[1])
+    op = _op(form, *inputs[:3])
     (dq, dk, dv, d_beta, d_log_decay), d_initial = tpu_chunks.backward(
-        "delta_rule", chunk, form.scale, form.chunk_size, _tokens(*inputs), initial_state, d_out, d_final
+        op, form.chunk_size, _tokens(*inputs), initial_state, d_out, d_final
     )
     return dq, dk, dv, d_beta[..., 0].astype(inputs[3].dtype), d_log_decay, d_initial

@@ -12,8 +12,10 @@ from kernels import tpu_chunks
 from kernels.chunks import compute_dtype
 from kernels.linear_attention.form import Form
 from kernels.tiles import decayed_products, diagonal, dot, only, pair_decays, row_sums
+from kernels.tpu_chunks import Op
 
 Tiles = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+Prepared = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype) -> str | None:
@@ -21,12 +23,12 @@ def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype)
     return tpu_chunks.refusal(key_width, value_width, dtype)
 
 
-def _chunk(form: Form, precision: lax.Precision, state: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """State [V, K] and q [C, K], k [C, K], v [C, V], log decay None, [1, C] or [C, K] → (state after, out [C, V])."""
+def _prepare(form: Form, precision: lax.Precision, tiles: Tiles) -> Prepared:
+    """q [C, K], k [C, K], v [C, V], log decay None, [1, C] or [C, K] → what `_advance` takes."""
     q, k, v, g = tiles
     seen = operator.ge if form.own else operator.gt
     if g is None:
-        q_in, k_out, kept = q, k, state
+        q_in, k_out, kept = q, k, None
         inside = only(dot(q, k, "nt", precision), seen)
     else:
         if g.shape[0] == 1:
@@ -36,26 +38,33 @@ def _chunk(form: Form, precision: lax.Precision, state: jax.Array, tiles: Tiles)
             (inside,), sums = decayed_products([q], k, g, precision)
             if form.own:
                 inside += diagonal(jnp.sum(q * k, axis=1, keepdims=True))
-        upto, after, whole = (jnp.exp(x) for x in sums)
-        q_in, k_out, kept = q * upto, k * after, state * whole
-    out = dot(q_in, state, "nt", precision) + dot(inside, v, "nn", precision)
-    return kept + dot(v, k_out, "tn", precision), out
+        upto, after, kept = (jnp.exp(x) for x in sums)
+        q_in, k_out = q * upto, k * after
+    return q_in, k_out, v, dot(inside, v, "nn", precision), kept
+
+
+def _advance(precision: lax.Precision, state: jax.Array, prepared: Prepared) -> tuple[jax.Array, jax.Array]:
+    """State [V, K] at the chunk's start → (state after it, out [C, V])."""
+    q_in, k_out, v, from_inside, kept = prepared
+    out = from_inside + dot(q_in, state, "nt", precision)
+    state = state if kept is None else state * kept
+    return state + dot(v, k_out, "tn", precision), out
+
+
+def _op(form: Form, q: jax.Array, k: jax.Array, v: jax.Array) -> Op:
+    _, precision = compute_dtype(q, k, v)
+    return Op("linear_attention", partial(_prepare, form, precision), partial(_advance, precision), form.scale)
 
 
 def forward(form: Form, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """As `linear_attention` with canonical arguments, see `form.py`. Returns (out, final_state)."""
     *tokens, initial_state = arrays
-    chunk = partial(_chunk, form, compute_dtype(*tokens[:3])[1])
-    return tpu_chunks.forward(
-        "linear_attention", chunk, form.scale, form.chunk_size, tuple(tokens), initial_state, tokens[2]
-    )
+    return tpu_chunks.forward(_op(form, *tokens[:3]), form.chunk_size, tuple(tokens), initial_state, tokens[2])
 
 
 def backward(form: Form, *arrays: Any) -> tuple[Any, ...]:
     """Arguments and the cotangents of (out, final_state) → the cotangents of the arguments."""
     *tokens, initial_state, d_out, d_final = arrays
-    chunk = partial(_chunk, form, compute_dtype(*tokens[:3])[1])
-    d_tokens, d_initial = tpu_chunks.backward(
-        "linear_attention", chunk, form.scale, form.chunk_size, tuple(tokens), initial_state, d_out, d_final
-    )
+    op = _op(form, *tokens[:3])
+    d_tokens, d_initial = tpu_chunks.backward(op, form.chunk_size, tuple(tokens), initial_state, d_out, d_final)
     return *d_tokens, d_initial
