@@ -8,7 +8,7 @@ the VJPs need, and then back; only the state at the start of each block has gone
 The arrays of `tokens` are [B, T, G, F] with any G that divides H; heads share theirs through the index maps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCK_TOKENS = 512
+# Tokens of a block times key and value width, which its buffers in VMEM grow with; narrower tiles are filled up to 128.
+BLOCK = 512 * 256
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class Walk:
     blocks: int
 
     @classmethod
-    def over(cls, time: int, chunk_size: int) -> "Walk":
+    def over(cls, time: int, chunk_size: int, widths: Sequence[int]) -> "Walk":
         size = min(max(chunk_size, 16), 128)  # rows of a bfloat16 tile, columns of a register
+        most = max(BLOCK // (size * sum(max(width, 128) for width in widths)), 1)
         chunks = max(pl.cdiv(time, size), 1)
-        blocks = pl.cdiv(chunks, max(BLOCK_TOKENS // size, 1))
+        blocks = pl.cdiv(chunks, most)
         return cls(size, pl.cdiv(chunks, blocks), blocks)
 
     @property
@@ -274,7 +276,7 @@ def forward(op: Op, size: int, tokens: Any, initial: jax.Array, out_like: jax.Ar
     Returns:
       out and the final state [B, H, K, V].
     """
-    walk = Walk.over(out_like.shape[1], size)
+    walk = Walk.over(out_like.shape[1], size, initial.shape[2:])
     initial = initial.mT
     batch, heads, *tile = initial.shape
     tokens = jax.tree.map(partial(_head_first, walk), tokens)
@@ -299,7 +301,7 @@ def forward(op: Op, size: int, tokens: Any, initial: jax.Array, out_like: jax.Ar
 
 def backward(op: Op, size: int, tokens: Any, initial: jax.Array, d_out: jax.Array, d_final: jax.Array) -> Any:
     """Cotangents of `forward`'s results → (those of `tokens`, in their shapes and dtypes, and that of `initial`)."""
-    walk = Walk.over(d_out.shape[1], size)
+    walk = Walk.over(d_out.shape[1], size, initial.shape[2:])
     initial, d_final = initial.mT, d_final.mT
     batch, heads, *tile = initial.shape
     given, tokens = tokens, jax.tree.map(partial(_head_first, walk), tokens)

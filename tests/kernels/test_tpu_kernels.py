@@ -23,7 +23,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 @pytest.fixture(autouse=True)
 def two_chunks_a_block(monkeypatch):
     """So that few tokens are several chunks in several blocks."""
-    monkeypatch.setattr(tpu_chunks, "BLOCK_TOKENS", 32)
+    monkeypatch.setattr(tpu_chunks, "BLOCK", 32 * 256)
 
 
 def normal(seed, *shape):
