@@ -117,14 +117,14 @@ def row_sums(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return upto, after, jnp.sum(g, axis=1, keepdims=True)
 
 
-def pair_decays(g: jax.Array) -> jax.Array:
-    """[1, C] log decays → [C, C]: exp(g_{j+1} + … + g_i) at (i, j), i > j; 1 elsewhere."""
+def pair_sums(g: jax.Array) -> jax.Array:
+    """[1, C] log decays → [C, C]: g_{j+1} + … + g_i at (i, j), i > j; 0 elsewhere."""
     sums = only(jnp.broadcast_to(column(g), (g.shape[1], g.shape[1])), operator.gt)
     level = 1
     while level < g.shape[1]:
         sums += _later(sums, level)
         level *= 2
-    return jnp.exp(sums)
+    return sums
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -152,33 +152,38 @@ def _level_products_backward(level: int, precision: lax.Precision, kept: Any, d:
 _level_products.defvjp(_level_products_forward, _level_products_backward)
 
 
-def decayed_products(
-    sides: Sequence[jax.Array], columns: jax.Array, g: jax.Array, precision: lax.Precision
-) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """For each of `sides` [C, K], [C, C]: sum_k side_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}) where i > j; else 0.
-
-    By doubling as in `kernels.decay`: pairs whose tokens lie in the right and the left one of two neighbouring blocks
-    of 1, 2, 4, … tokens; there the decay is that up to and with i within its block times that after j within its own.
+def level_sums(g: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Sums of log decays [C, K] within blocks of 1, 2, 4, … tokens, by doubling.
 
     Returns:
-      The products, and sums of g [C, K] up to and with each token [C, K], after it [C, K], and in all [1, K].
+      For each size but C, [C, K]: in the right one of two neighbouring blocks the sum up to and with a token, in the
+      left one that after it. And for the chunk those up to and with each token [C, K], after it [C, K], in all [1, K].
     """
-    size = g.shape[0]
-    products = [jnp.zeros((size, size), jnp.float32) for _ in sides]
-    upto, after, whole = g, jnp.zeros_like(g), g  # within blocks of `level` tokens
+    upto, after, whole = g, jnp.zeros_like(g), g
+    levels = []
     level = 1
-    while level < size:
-        sums = only(upto, partial(_right, level)) + only(after, partial(_left, level))
-        products = [
-            product + _level_products(side, columns, sums, level, precision)
-            for product, side in zip(products, sides, strict=True)
-        ]
+    while level < g.shape[0]:
+        levels.append(only(upto, partial(_right, level)) + only(after, partial(_left, level)))
         other = _swapped(whole, level)
         upto += only(other, partial(_right, level))
         after += only(other, partial(_left, level))
         whole += other
         level *= 2
-    return products, (upto, after, whole[:1])
+    return levels, (upto, after, whole[:1])
+
+
+def decayed_products(
+    rows: jax.Array, columns: jax.Array, levels: Sequence[jax.Array], precision: lax.Precision
+) -> jax.Array:
+    """[C, K] twice → [C, C]: sum_k rows_ik columns_jk exp(g_{j+1,k} + … + g_{i,k}) where i > j; else 0.
+
+    As in `kernels.decay`, where i and j part at a level the decay is that up to and with i within its block times that
+    after j within its own, both in `levels`, those of `level_sums`.
+    """
+    products = jnp.zeros((rows.shape[0], rows.shape[0]), jnp.float32)
+    for n, sums in enumerate(levels):
+        products += _level_products(rows, columns, sums, 2**n, precision)
+    return products
 
 
 def _column_of_block(size: int, column: int, i: jax.Array, j: jax.Array) -> jax.Array:

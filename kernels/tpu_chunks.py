@@ -1,9 +1,10 @@
 """Walking over chunks of time in a TPU kernel, one head of one example after another, the state staying on the chip.
 
-An operation gives two functions of float32 tiles (`Op`): `prepare`, all that does not depend on the state, and
-`advance`, which moves the state [V, K] (transposed, so that a decay of K channels is a row of it) over a chunk. The
-backward kernel is made of their VJPs, taken inside the kernel. It walks a block of chunks forward, keeping in VMEM what
-the VJPs need, and then back; only the state at the start of each block has gone through HBM.
+An operation (`Op`) is functions of float32 tiles: stages, all that does not depend on the state, and `advance`, which
+moves the state [V, K] (transposed, so that a decay of K channels is a row of it) over a chunk. The backward kernel is
+made of their VJPs, taken inside the kernel. It walks a block of chunks forward, keeping in VMEM what the VJPs need, and
+then back; only the state at the start of each block has gone through HBM. Each stage is a loop of its own over the
+block's chunks, so that what is alive at a time fits the registers.
 
 The arrays of `tokens` are [B, T, G, F] with any G that divides H; heads share theirs through the index maps.
 """
@@ -27,10 +28,10 @@ BLOCK = 512 * 256
 @dataclass(frozen=True)
 class Op:
     name: str
-    prepare: Callable[[Any], Any]
-    """Tiles of a chunk, [C, F] or, for one number a token, [1, C] → a pytree of tiles."""
+    stages: tuple[Callable[[Any], Any], ...]
+    """The first takes a chunk's tiles, [C, F] or, for one number a token, [1, C], the others what the last one gave."""
     advance: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
-    """State at the chunk's start and what was prepared → (state after it, out [C, V])."""
+    """State at the chunk's start and what the last stage gave → (state after it, out [C, V])."""
     scale: float
     """Of the output."""
 
@@ -106,6 +107,13 @@ def _tiles(walk: Walk, refs: Any, i: Any) -> Any:
     return jax.tree.map(lambda ref: ref[_where(walk, ref, i)].astype(jnp.float32), refs)
 
 
+def _store(walk: Walk, refs: Any, i: Any, tiles: Any) -> None:
+    def store(ref, tile):
+        ref[_where(walk, ref, i)] = tile.astype(ref.dtype)
+
+    jax.tree.map(store, refs, tiles)
+
+
 def _read(refs: list[Any], i: Any) -> list[jax.Array]:
     return [ref[i] for ref in refs]
 
@@ -134,21 +142,35 @@ def _split(tree: Any, given: Any) -> tuple[list[jax.Array], Callable[[Any, list[
     return known[count:], join
 
 
-class Memory(NamedTuple):
-    """What the backward kernel keeps of a block's chunks: prepared tiles, their cotangents and both VJPs' residuals."""
+def _known(walk: Walk, tokens: Any, joins: list[Any], outputs: list[Any], i: Any) -> tuple[Any, ...]:
+    """The tiles of chunk i and what the stages gave so far."""
+    known: tuple[Any, ...] = (_tiles(walk, tokens, i),)
+    for join, refs in zip(joins, outputs, strict=False):
+        known += (join(known, _read(refs, i)),)
+    return known
 
-    prepared: list[Any]
-    d_prepared: list[Any]
-    to_prepare: list[Any]
-    to_advance: list[Any]
+
+class Memory(NamedTuple):
+    """What the backward kernel keeps of a block's chunks: by stage its output, the output's cotangent and the VJP."""
+
+    outputs: list[Any]
+    d_outputs: list[Any]
+    vjps: list[Any]
+    vjp_of_advance: list[Any]
 
     @classmethod
     def shapes(cls, op: Op, walk: Walk, state: jax.ShapeDtypeStruct, tiles: Any) -> "Memory":
         def trace(state: jax.Array, tiles: Any) -> Memory:
-            prepared, pull = jax.vjp(op.prepare, tiles)
-            to_prepare, _ = _split(pull, (tiles, prepared))
-            _, pull = jax.vjp(op.advance, state, prepared)
-            return cls(_split(prepared, tiles)[0], jax.tree.leaves(prepared), to_prepare, _split(pull, prepared)[0])
+            memory = Memory([], [], [], [])
+            known: tuple[Any, ...] = (tiles,)
+            for stage in op.stages:
+                output, pull = jax.vjp(stage, known[-1])
+                memory.outputs.append(_split(output, known)[0])
+                memory.d_outputs.append(jax.tree.leaves(output))
+                known += (output,)
+                memory.vjps.append(_split(pull, known)[0])
+            _, pull = jax.vjp(op.advance, state, known[-1])
+            return memory._replace(vjp_of_advance=_split(pull, known)[0])
 
         return jax.tree.map(
             lambda x: pltpu.VMEM((walk.chunks, *x.shape), jnp.float32), jax.eval_shape(trace, state, tiles)
@@ -156,27 +178,28 @@ class Memory(NamedTuple):
 
 
 def _forward_kernel(op: Op, walk: Walk, *refs: Any) -> None:
-    tokens, initial, out, final, state, kept = refs
+    tokens, initial, out, final, state, outputs = refs
     n = pl.program_id(2)
 
     @pl.when(n == 0)
     def _():
         state[...] = initial[...]
 
-    joins = []
+    joins: list[Any] = []
+    known_at = partial(_known, walk, tokens, joins, outputs)
 
-    def prepare(i, _):
-        tiles = _tiles(walk, tokens, i)
-        prepared, join = _split(op.prepare(tiles), tiles)
+    def run_stage(n, i, _):
+        known = known_at(i)
+        values, join = _split(op.stages[n](known[-1]), known)
+        _write(outputs[n], i, values)
         joins.append(join)
-        _write(kept, i, prepared)
 
     def advance(i, _):
-        state[...], rows = op.advance(state[...], joins[-1](_tiles(walk, tokens, i), _read(kept, i)))
-        out[_where(walk, out, i)] = (op.scale * rows).astype(out.dtype)
+        state[...], rows = op.advance(state[...], known_at(i)[-1])
+        _store(walk, out, i, op.scale * rows)
 
-    lax.fori_loop(0, walk.chunks, prepare, None)
-    lax.fori_loop(0, walk.chunks, advance, None)
+    for loop in [partial(run_stage, n) for n in range(len(op.stages))] + [advance]:
+        lax.fori_loop(0, walk.chunks, loop, None)
 
     @pl.when(n == walk.blocks - 1)
     def _():
@@ -191,7 +214,10 @@ def _states_kernel(op: Op, walk: Walk, tokens: Any, initial: Any, starts: Any, s
     starts[...] = state[...]
 
     def step(i, _):
-        state[...], _ = op.advance(state[...], op.prepare(_tiles(walk, tokens, i)))
+        prepared = _tiles(walk, tokens, i)
+        for stage in op.stages:
+            prepared = stage(prepared)
+        state[...], _ = op.advance(state[...], prepared)
 
     lax.fori_loop(0, walk.chunks, step, None)
 
@@ -205,44 +231,45 @@ def _backward_kernel(op: Op, walk: Walk, *refs: Any) -> None:
         d_state[...] = d_final[...]
 
     state[...] = start[...]
-    join: dict[
-        str, Callable[..., Any]
-    ] = {}  # how to put trees together again; filled when the first two loops are traced
+    joins: list[Any] = []
+    vjp_joins: list[Any] = []
+    known_at = partial(_known, walk, tokens, joins, memory.outputs)
 
-    def prepared_at(i):
-        return join["prepared"](_tiles(walk, tokens, i), _read(memory.prepared, i))
-
-    def prepare(i, _):
-        tiles = _tiles(walk, tokens, i)
-        prepared, pull = jax.vjp(op.prepare, tiles)
-        values, join["prepared"] = _split(prepared, tiles)
-        _write(memory.prepared, i, values)
-        values, join["prepare"] = _split(pull, (tiles, prepared))
-        _write(memory.to_prepare, i, values)
+    def run_stage(n, i, _):
+        known = known_at(i)
+        output, pull = jax.vjp(op.stages[n], known[-1])
+        values, join = _split(output, known)
+        _write(memory.outputs[n], i, values)
+        values, vjp_join = _split(pull, (*known, output))
+        _write(memory.vjps[n], i, values)
+        joins.append(join)
+        vjp_joins.append(vjp_join)
 
     def advance(i, _):
-        prepared = prepared_at(i)
-        (state[...], _), pull = jax.vjp(op.advance, state[...], prepared)
-        values, join["advance"] = _split(pull, prepared)
-        _write(memory.to_advance, i, values)
+        known = known_at(i)
+        (state[...], _), pull = jax.vjp(op.advance, state[...], known[-1])
+        values, vjp_join = _split(pull, known)
+        _write(memory.vjp_of_advance, i, values)
+        vjp_joins.append(vjp_join)
 
     def pull_advance(step, _):
         i = walk.chunks - 1 - step
-        pull = join["advance"](prepared_at(i), _read(memory.to_advance, i))
+        pull = vjp_joins[-1](known_at(i), _read(memory.vjp_of_advance, i))
         d_state[...], d_prepared = pull((d_state[...], op.scale * _tiles(walk, d_out, i)))
-        _write(memory.d_prepared, i, jax.tree.leaves(d_prepared))
+        _write(memory.d_outputs[-1], i, jax.tree.leaves(d_prepared))
 
-    def pull_prepare(i, _):
-        tiles, prepared = _tiles(walk, tokens, i), prepared_at(i)
-        pull = join["prepare"]((tiles, prepared), _read(memory.to_prepare, i))
-        (d_tiles,) = pull(jax.tree.unflatten(jax.tree.structure(prepared), _read(memory.d_prepared, i)))
+    def pull_stage(n, i, _):
+        known = known_at(i)[: n + 2]
+        pull = vjp_joins[n](known, _read(memory.vjps[n], i))
+        (d_input,) = pull(jax.tree.unflatten(jax.tree.structure(known[-1]), _read(memory.d_outputs[n], i)))
+        if n > 0:
+            _write(memory.d_outputs[n - 1], i, jax.tree.leaves(d_input))
+        else:
+            _store(walk, d_tokens, i, d_input)
 
-        def write(ref, d):
-            ref[_where(walk, ref, i)] = d.astype(ref.dtype)
-
-        jax.tree.map(write, d_tokens, d_tiles)
-
-    for loop in (prepare, advance, pull_advance, pull_prepare):
+    stages = range(len(op.stages))
+    loops = [partial(run_stage, n) for n in stages] + [advance, pull_advance]
+    for loop in loops + [partial(pull_stage, n) for n in reversed(stages)]:
         lax.fori_loop(0, walk.chunks, loop, None)
 
     @pl.when(n == walk.blocks - 1)
@@ -282,7 +309,7 @@ def forward(op: Op, size: int, tokens: Any, initial: jax.Array, out_like: jax.Ar
     tokens = jax.tree.map(partial(_head_first, walk), tokens)
     out = jax.ShapeDtypeStruct((batch, heads, walk.time, tile[0]), out_like.dtype)
     specs = partial(jax.tree.map, lambda x: _token_spec(walk, heads, x, lambda n: n))
-    kept = jax.eval_shape(lambda tiles: _split(op.prepare(tiles), tiles)[0], _tile_shapes(walk, tokens))
+    memory = Memory.shapes(op, walk, jax.ShapeDtypeStruct(tile, jnp.float32), _tile_shapes(walk, tokens))
     out, final = _call(
         _forward_kernel,
         op,
@@ -291,10 +318,7 @@ def forward(op: Op, size: int, tokens: Any, initial: jax.Array, out_like: jax.Ar
         in_specs=[specs(tokens), _state_spec(initial.shape)],
         out_specs=[specs(out), _state_spec(initial.shape)],
         out_shape=[out, jax.ShapeDtypeStruct(initial.shape, jnp.float32)],
-        scratch_shapes=[
-            pltpu.VMEM(tile, jnp.float32),
-            [pltpu.VMEM((walk.chunks, *x.shape), jnp.float32) for x in kept],
-        ],
+        scratch_shapes=[pltpu.VMEM(tile, jnp.float32), memory.outputs],
     )(tokens, initial)
     return jnp.transpose(out[:, :, : out_like.shape[1]], (0, 2, 1, 3)), final.mT
 

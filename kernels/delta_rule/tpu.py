@@ -11,10 +11,12 @@ from jax import lax
 from kernels import tpu_chunks
 from kernels.chunks import compute_dtype
 from kernels.delta_rule.form import Form
-from kernels.tiles import column, decayed_products, diagonal, dot, only, pair_decays, row_sums, solve
+from kernels.tiles import column, decayed_products, diagonal, dot, level_sums, only, pair_sums, row_sums, solve
 from kernels.tpu_chunks import Op
 
 Tiles = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
+Summed = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Any, Any]
+System = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 Prepared = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
@@ -23,29 +25,40 @@ def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype)
     return tpu_chunks.refusal(key_width, value_width, dtype)
 
 
-def _prepare(precision: lax.Precision, tiles: Tiles) -> Prepared:
-    """q [C, K], k [C, K], v [C, V], beta [1, C], log decay None, [1, C] or [C, K] → what `_advance` takes.
-
-    The corrections d_i = beta_i (v_i - what the decayed state recalls for k_i) solve a unit lower triangular system,
-    whose right-hand side has a part of the values and one of the keys, to be applied to the state.
-    """
+def _sum_decays(tiles: Tiles) -> Summed:
+    """q, k [C, K], v [C, V], beta [1, C], log decay None, [1, C] or [C, K] → the first four, sums of the last."""
     q, k, v, beta, g = tiles
-    beta = column(beta)
     if g is None:
-        q_in, k_in, k_out, kept = q, k, k, None
-        among_keys = only(dot(k, k, "nt", precision), operator.gt)
-        reads = only(dot(q, k, "nt", precision), operator.ge)
+        return q, k, v, beta, None, None
+    return q, k, v, beta, *((pair_sums(g), row_sums(g)) if g.shape[0] == 1 else level_sums(g))
+
+
+def _multiply(precision: lax.Precision, summed: Summed) -> System:
+    """Decayed products of queries and of keys with keys, and the triangular system that the latter make."""
+    q, k, v, beta, pairs, sums = summed
+    beta = column(beta)
+    if isinstance(pairs, list):
+        among_keys = decayed_products(k, k, pairs, precision)
+        reads = decayed_products(q, k, pairs, precision) + diagonal(jnp.sum(q * k, axis=1, keepdims=True))
     else:
-        if g.shape[0] == 1:
-            sums, decays = row_sums(g), pair_decays(g)
-            among_keys = only(dot(k, k, "nt", precision) * decays, operator.gt)
-            reads = only(dot(q, k, "nt", precision) * decays, operator.ge)
-        else:
-            (among_keys, reads), sums = decayed_products([k, q], k, g, precision)
-            reads += diagonal(jnp.sum(q * k, axis=1, keepdims=True))
+        among_keys, reads = dot(k, k, "nt", precision), dot(q, k, "nt", precision)
+        if pairs is not None:
+            among_keys, reads = among_keys * jnp.exp(pairs), reads * jnp.exp(pairs)
+        among_keys, reads = only(among_keys, operator.gt), only(reads, operator.ge)
+    q_in, k_in, k_out, kept = q, k, k, None
+    if sums is not None:
         upto, after, kept = (jnp.exp(x) for x in sums)
         q_in, k_in, k_out = q * upto, k * upto, k * after
-    from_values, from_keys = solve(beta * among_keys, (beta * v, beta * k_in))
+    return q_in, reads, beta * among_keys, beta * v, beta * k_in, k_out, kept
+
+
+def _solve(system: System) -> Prepared:
+    """The corrections d_i = beta_i (v_i - what the decayed state recalls for k_i) solve the triangular system.
+
+    Its right-hand side has a part of the values and one of the keys, to be applied to the state.
+    """
+    q_in, reads, matrix, values, keys, k_out, kept = system
+    from_values, from_keys = solve(matrix, (values, keys))
     return q_in, reads, from_values, from_keys, k_out, kept
 
 
@@ -60,7 +73,8 @@ def _advance(precision: lax.Precision, state: jax.Array, prepared: Prepared) -> 
 
 def _op(form: Form, q: jax.Array, k: jax.Array, v: jax.Array) -> Op:
     _, precision = compute_dtype(q, k, v)
-    return Op("delta_rule", partial(_prepare, precision), partial(_advance, precision), form.scale)
+    stages = (_sum_decays, partial(_multiply, precision), _solve)
+    return Op("delta_rule", stages, partial(_advance, precision), form.scale)
 
 
 def _tokens(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None) -> Any:

@@ -11,10 +11,11 @@ from jax import lax
 from kernels import tpu_chunks
 from kernels.chunks import compute_dtype
 from kernels.linear_attention.form import Form
-from kernels.tiles import decayed_products, diagonal, dot, only, pair_decays, row_sums
+from kernels.tiles import decayed_products, diagonal, dot, level_sums, only, pair_sums, row_sums
 from kernels.tpu_chunks import Op
 
 Tiles = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+Summed = tuple[jax.Array, jax.Array, jax.Array, Any, Any]
 Prepared = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
@@ -23,21 +24,26 @@ def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype)
     return tpu_chunks.refusal(key_width, value_width, dtype)
 
 
-def _prepare(form: Form, precision: lax.Precision, tiles: Tiles) -> Prepared:
-    """q [C, K], k [C, K], v [C, V], log decay None, [1, C] or [C, K] → what `_advance` takes."""
+def _sum_decays(tiles: Tiles) -> Summed:
+    """q [C, K], k [C, K], v [C, V], log decay None, [1, C] or [C, K] → the first three and the sums of log decays."""
     q, k, v, g = tiles
-    seen = operator.ge if form.own else operator.gt
     if g is None:
-        q_in, k_out, kept = q, k, None
-        inside = only(dot(q, k, "nt", precision), seen)
+        return q, k, v, None, None
+    return q, k, v, *((pair_sums(g), row_sums(g)) if g.shape[0] == 1 else level_sums(g))
+
+
+def _prepare(form: Form, precision: lax.Precision, summed: Summed) -> Prepared:
+    """All the rest that does not depend on the state."""
+    q, k, v, pairs, sums = summed
+    if isinstance(pairs, list):
+        inside = decayed_products(q, k, pairs, precision)
+        if form.own:
+            inside += diagonal(jnp.sum(q * k, axis=1, keepdims=True))
     else:
-        if g.shape[0] == 1:
-            sums = row_sums(g)
-            inside = only(dot(q, k, "nt", precision) * pair_decays(g), seen)
-        else:
-            (inside,), sums = decayed_products([q], k, g, precision)
-            if form.own:
-                inside += diagonal(jnp.sum(q * k, axis=1, keepdims=True))
+        inside = dot(q, k, "nt", precision)
+        inside = only(inside if pairs is None else inside * jnp.exp(pairs), operator.ge if form.own else operator.gt)
+    q_in, k_out, kept = q, k, None
+    if sums is not None:
         upto, after, kept = (jnp.exp(x) for x in sums)
         q_in, k_out = q * upto, k * after
     return q_in, k_out, v, dot(inside, v, "nn", precision), kept
@@ -53,7 +59,8 @@ def _advance(precision: lax.Precision, state: jax.Array, prepared: Prepared) -> 
 
 def _op(form: Form, q: jax.Array, k: jax.Array, v: jax.Array) -> Op:
     _, precision = compute_dtype(q, k, v)
-    return Op("linear_attention", partial(_prepare, form, precision), partial(_advance, precision), form.scale)
+    stages = (_sum_decays, partial(_prepare, form, precision))
+    return Op("linear_attention", stages, partial(_advance, precision), form.scale)
 
 
 def forward(form: Form, *arrays: Any) -> tuple[jax.Array, jax.Array]:
