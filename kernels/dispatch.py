@@ -61,7 +61,7 @@ def run(
 
 def block_rows() -> int:
     """How many rows (batch × heads × time) an XLA form works on at once: bounds its temporary memory."""
-    return 2**14 if jax.default_backend() == "cpu" else 2**18
+    return 2**10 if jax.default_backend() == "cpu" else 2**18
 
 
 def state_elements() -> int:

@@ -11,18 +11,23 @@ import jax.numpy as jnp
 RESET = -1e5
 
 
-def starts(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] ids → [B, T] bool: True where the id differs from the one before; False at time 0."""
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))
+def starts(segment_ids: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """[B, T] ids → [B, T] bool: True where the id differs from the one before.
+
+    At time 0 the one before is `before` [B, 1]; without it time 0 is no start, it goes on from the initial state.
+    """
+    first = segment_ids[:, :1] if before is None else before
+    return segment_ids != jnp.concatenate([first, segment_ids[:, :-1]], axis=1)
 
 
-def with_resets(log_decay: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array | None:
+def with_resets(
+    log_decay: jax.Array | None, segment_ids: jax.Array | None, before: jax.Array | None = None
+) -> jax.Array | None:
     """Log decay [B, T, H, F] or None, ids [B, T] or None → log decay [B, T, H, F] with RESET at segment starts.
 
     None where both are; [B, T, 1, 1] where only the decay is. -inf becomes RESET, whose exp is 0 too.
     """
     if segment_ids is None:
         return None if log_decay is None else jnp.maximum(log_decay, RESET)
-    reset = jnp.where(starts(segment_ids), RESET, 0.0)[..., None, None]
+    reset = jnp.where(starts(segment_ids, before), RESET, 0.0)[..., None, None]
     return reset.astype(jnp.float32) if log_decay is None else jnp.maximum(log_decay, RESET) + reset

@@ -11,7 +11,7 @@ SMALL = 8  # rows; products of smaller matrices are written as sums, which XLA f
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def solve(strict: jax.Array, right: jax.Array, precision: jax.lax.Precision) -> jax.Array:
-    """X of (I + strict) X = right: strict [..., N, C, C] strictly lower triangular, C a power of two, right [..., N, C, F]."""
+    """X of (I + strict) X = right for strictly lower triangular [..., N, C, C] and [..., N, C, F], C a power of two."""
     return jnp.matmul(_inverse(strict, precision), right, precision=precision)
 
 

@@ -1,0 +1,51 @@
+"""How the forms of an operation are held against its definition: values and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Tests compile hundreds of small programs and run each once; the compiler's last optimisations only cost time here.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def pull(op, arrays, compiler_options=QUICK):
+    """Results and gradients of `op(**arrays)` for fixed random cotangents on both results, in float64 numpy."""
+
+    def run(arrays):
+        results, vjp = jax.vjp(lambda arrays: op(**arrays), arrays)
+        cotangents = tuple(
+            jax.random.normal(jax.random.key(100 + n), x.shape, jnp.float32).astype(x.dtype)
+            for n, x in enumerate(results)
+        )
+        return dict(zip(("out", "final_state"), results, strict=True)), vjp(cotangents)[0]
+
+    results, gradients = jax.jit(run, compiler_options=compiler_options)(arrays)
+    figures = results | {f"d_{name}": x for name, x in gradients.items()}
+    return {name: np.asarray(x, np.float64) for name, x in figures.items()}
+
+
+def cast(arrays, dtype):
+    """The arrays in another dtype; log decays stay at least float32, as the operations take them."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return {name: x.astype(wide if name in ("log_decay", "initial_state") else dtype) for name, x in arrays.items()}
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def assert_equal(expected, got, tolerance):
+    """Largest difference at most `tolerance` of the largest value."""
+    assert expected.keys() == got.keys()
+    for name, wanted in expected.items():
+        worst = np.max(np.abs(got[name] - wanted)) / max(np.max(np.abs(wanted)), 1e-30)
+        assert worst <= tolerance, f"{name}: {worst:.2e} of the largest value, wanted at most {tolerance:.0e}"
+
+
+def assert_within_rule(exact, plain, got, floor):
+    """The error of `got` is at most 2× (values) or 3× (gradients) that of `plain`, plus a share of the size."""
+    assert exact.keys() == plain.keys() == got.keys()
+    for name, wanted in exact.items():
+        allowed = (3 if name.startswith("d_") else 2) * rms(plain[name] - wanted) + floor * rms(wanted)
+        error = rms(got[name] - wanted)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e} (size {rms(wanted):.2e})"
