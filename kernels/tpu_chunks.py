@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 # Tokens of a block times key and value width, which its buffers in VMEM grow with; narrower tiles are filled up to 128.
-BLOCK = 512 * 256
+BLOCK = 256 * 256
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ System = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array,
 Prepared = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
+# Tokens of a chunk at most: longer ones take as many instructions a token, and need more registers than there are.
+LONGEST_CHUNK = 32
+
+
 def refusal(key_width: int, value_width: int, chunk_size: int, dtype: jnp.dtype) -> str | None:
     """Why these kernels do not serve, or None where they do."""
     return tpu_chunks.refusal(key_width, value_width, dtype)
@@ -85,14 +89,16 @@ def forward(form: Form, *arrays: Any) -> tuple[jax.Array, jax.Array]:
     """As `delta_rule` with canonical arguments, see `form.py`. Returns (out, final_state)."""
     *inputs, initial_state = arrays
     op = _op(form, *inputs[:3])
-    return tpu_chunks.forward(op, form.chunk_size, _tokens(*inputs), initial_state, inputs[2])
+    size = min(form.chunk_size, LONGEST_CHUNK)
+    return tpu_chunks.forward(op, size, _tokens(*inputs), initial_state, inputs[2])
 
 
 def backward(form: Form, *arrays: Any) -> tuple[Any, ...]:
     """Arguments and the cotangents of (out, final_state) → the cotangents of the arguments."""
     *inputs, initial_state, d_out, d_final = arrays
     op = _op(form, *inputs[:3])
+    size = min(form.chunk_size, LONGEST_CHUNK)
     (dq, dk, dv, d_beta, d_log_decay), d_initial = tpu_chunks.backward(
-        op, form.chunk_size, _tokens(*inputs), initial_state, d_out, d_final
+        op, size, _tokens(*inputs), initial_state, d_out, d_final
     )
     return dq, dk, dv, d_beta[..., 0].astype(inputs[3].dtype), d_log_decay, d_initial
