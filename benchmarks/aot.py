@@ -54,7 +54,7 @@ def prepare(dump: Path) -> None:
     Raises ZooError where libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ZooError("--target: compiling for a TPU needs libtpu; pip install 'brain-zoo[aot]'")
+        raise ZooError("compiling for a TPU needs libtpu; pip install 'brain-zoo[aot]'")
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",

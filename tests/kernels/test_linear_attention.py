@@ -41,9 +41,10 @@ def run(arrays, **options):
     return jax.tree.map(np.asarray, op(arrays))
 
 
-def segments(batch=2, time=45):
-    starts = jax.random.uniform(jax.random.key(8), (batch, time)) < 0.1
-    return jnp.cumsum(starts.at[:, 7].set(True), axis=1)
+def segments():
+    """[2, 45] ids: segments that end on and off the borders of chunks, one of a single token."""
+    times = np.arange(45)
+    return jnp.asarray([np.searchsorted(starts, times, side="right") for starts in ([7, 20], [7, 16, 44])])
 
 
 def unpack(arrays, ids, row, segment):
@@ -60,7 +61,7 @@ def unpack(arrays, ids, row, segment):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_xla_is_the_definition(gate, causal, packed):
     options = {"causal": causal, "segment_ids": segments() if packed else None}
     with jax.enable_x64(True):
@@ -70,7 +71,7 @@ def test_xla_is_the_definition(gate, causal, packed):
     assert_equal(expected, got, 1e-13)
 
 
-@pytest.mark.parametrize("heads", [(4, 4, 2), (1, 4, 2), (4, 2, 4), (1, 1, 1)])
+@pytest.mark.parametrize("heads", [(4, 4, 2), (1, 4, 2), (1, 1, 1)])
 def test_grouped_heads(heads):
     with jax.enable_x64(True):
         arrays = cast(make("channel", heads=heads), jnp.float64)
@@ -82,8 +83,14 @@ def test_grouped_heads(heads):
     np.testing.assert_allclose(got["out"], alone, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("gate", "dtype"),
+    [
+        *((gate, jnp.float32) for gate in GATES),
+        *(pytest.param(gate, jnp.bfloat16, marks=pytest.mark.slow) for gate in ("none", "head", "token")),
+        ("channel", jnp.bfloat16),
+    ],
+)
 def test_error_within_the_rule(gate, dtype):
     """Against float64: at most 2× (3× for gradients) the error of the definition run in the same dtype."""
     options = {"segment_ids": segments(), "causal": gate != "channel"}
@@ -140,7 +147,7 @@ def test_blocks_do_not_matter(monkeypatch):
     assert_equal(whole, pull(lambda **arrays: op(**arrays), arrays), 2e-6)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 def test_split_in_two_hands_the_state_over(gate):
     """Also gradients, which reach the first half through the state."""
     arrays = make(gate)
@@ -174,14 +181,15 @@ def test_step_by_step_equals_parallel(gate):
     arrays = make(gate, time=9)
     expected, expected_state = run(arrays, scale=0.3)
     state = arrays.pop("initial_state")
+    step = jax.jit(partial(linear_attention_step, scale=0.3), compiler_options=QUICK)
     for time in range(9):
         token = {name: x if x.ndim == 1 else x[:, time] for name, x in arrays.items()}
-        out, state = linear_attention_step(**token, state=state, scale=0.3)
+        out, state = step(**token, state=state)
         np.testing.assert_allclose(out, expected[:, time], atol=1e-5)
     np.testing.assert_allclose(state, expected_state, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 def test_bidirectional_is_both_causal_passes_less_the_own_token(gate):
     arrays = make(gate, heads=(4, 4, 4))
     both = run(arrays, causal=False, chunk_size=8)[0]
@@ -201,7 +209,7 @@ def test_same_result_twice():
         np.testing.assert_array_equal(x, second[name])
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     time=st.integers(1, 70),
     key=st.integers(1, 20),
