@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from against import QUICK, assert_equal, assert_within_rule, cast, pull
+from against import QUICK, assert_equal, assert_within_rule, cast, normal, pull, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +15,6 @@ from kernels.delta_rule import delta_rule, delta_rule_step
 from kernels.linear_attention import linear_attention
 
 GATES = ("none", "head", "token", "channel")
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def make(gate, time=45, batch=2, heads=(2, 2, 4, 4), key=8, value=12, strength=2.0):
@@ -99,7 +95,7 @@ def test_error_within_the_rule(gate, dtype):
 def test_strong_gates(gate, lowest):
     """Strong gates among weak ones: finite and as exact as ever, values and gradients."""
     arrays = make(gate, strength=0.01)
-    strong = jax.random.uniform(jax.random.key(6), arrays["log_decay"].shape) < 0.3
+    strong = uniform(6, *arrays["log_decay"].shape) < 0.3
     arrays["log_decay"] = jnp.where(strong, lowest, arrays["log_decay"])
     got = pull(partial(delta_rule, implementation="xla", chunk_size=32), arrays)
     with jax.enable_x64(True):

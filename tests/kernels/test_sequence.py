@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from against import QUICK
+from against import QUICK, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,10 +28,6 @@ MESHES = {
 def mesh_and_spec(name):
     shape, names, spec = MESHES[name]
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)), spec
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def gates(form):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from against import assert_within_rule, cast, pull
+from against import assert_within_rule, cast, normal, pull, uniform
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch, tpu_chunks
@@ -24,10 +24,6 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 def two_chunks_a_block(monkeypatch):
     """So that few tokens are several chunks in several blocks."""
     monkeypatch.setattr(tpu_chunks, "BLOCK", 32 * 256)
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def make(op, gate, heads, batch=1, time=37, key=16, value=24):
@@ -120,7 +116,7 @@ def test_delta_rule_everywhere(gate, dtype, packed, heads):
 def test_strong_gates_and_the_same_twice(op, gate):
     """Gates of -20 and -1e4 among weak ones: nothing overflows; and every bit is the same in a second run."""
     arrays = make(op, gate, (2, 2, 2))
-    draw = jax.random.uniform(jax.random.key(6), arrays["log_decay"].shape)
+    draw = uniform(6, *arrays["log_decay"].shape)
     arrays["log_decay"] = jnp.where(draw < 0.1, -1e4, jnp.where(draw < 0.3, -20.0, 0.01 * arrays["log_decay"]))
     first, second = check(op, arrays), as_kernels(op, arrays)
     for name, x in first.items():
