@@ -144,6 +144,8 @@ def code_statistics(
 
 
 def _width(op: str, x: jax.Array) -> int:
-    if jnp.ndim(x) == 0:
-        raise ValueError(f"{op}: x: got shape (), wanted [..., D]")
-    return jnp.shape(x)[-1]
+    """D of x [..., D]; raises ValueError where there is none."""
+    shape = jnp.shape(x)
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{op}: x: got shape {shape}, wanted [..., D] with D at least 1")
+    return shape[-1]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES, LANES = 8, 128
-VECTORS, CODES = 1024, 512  # of a tile, fewer where they are wide
+SEARCHED_VECTORS, ADDED_VECTORS, CODES = 2048, 512, 512  # of a tile, fewer where they are wide
 MAX_WIDTH = 2048
 
 
@@ -30,15 +30,10 @@ def refusal(dtype: jnp.dtype, vectors: int, width: int) -> str | None:
     return None
 
 
-def _multiple(size: int, of: int) -> int:
-    return pl.cdiv(size, of) * of
-
-
-def _tile_sizes(vectors: int, codes: int, width: int) -> tuple[int, int]:
-    """(vectors, codes) of a tile, so that both in two buffers fit 16 MiB with what is computed of them."""
-    share = pl.cdiv(width, VECTORS)
-    most_vectors, most_codes = (max(most // share // LANES, 1) * LANES for most in (VECTORS, CODES))
-    return min(most_vectors, _multiple(vectors, LANES)), min(most_codes, _multiple(codes, LANES))
+def _tile(size: int, most: int, width: int) -> int:
+    """Rows of [size, width] at a time, so that all tiles fit 16 MiB in two buffers with what is computed of them."""
+    most = max(most // pl.cdiv(width, 1024) // LANES, 1) * LANES
+    return min(most, pl.cdiv(size, LANES) * LANES)
 
 
 def _pieces(x: jax.Array, precision: lax.Precision) -> list[jax.Array]:
@@ -92,21 +87,25 @@ def _search(x_ref: Any, codebook_ref: Any, offset_ref: Any, found_ref: Any, lowe
 
 
 def nearest_code(precision: lax.Precision, x: jax.Array, codebook: jax.Array, offset: jax.Array) -> jax.Array:
-    """x [..., D], codebook [M, D], offset [M] → the first m [...] where offset_m - x · c_m is smallest."""
+    """x [..., D], codebook [M, D], offset [M] → the first m [...] where offset_m - x · c_m is smallest.
+
+    The products of float32 pieces that matter are six: its temporary memory is three times x.
+    """
     rows, codes = x.shape[:-1], codebook.shape[0]
     vectors = prod(rows)
     x_pieces, codebook_pieces = _pieces(x.reshape(vectors, -1), precision), _pieces(codebook, precision)
-    # Of three pieces each, the products that float32 can hold of the sum.
+    # Products of smaller pieces are below the rounding of float32.
     pairs = [(i, j) for i in range(len(x_pieces)) for j in range(len(x_pieces) - i)]
     x = jnp.concatenate([x_pieces[i] for i, _ in pairs], axis=1)
     codebook = jnp.concatenate([codebook_pieces[j] for _, j in pairs], axis=1)
 
-    tile_vectors, tile_codes = _tile_sizes(vectors, codes, x.shape[1])
-    filling = _multiple(codes, tile_codes) - codes
+    tile_vectors, tile_codes = _tile(vectors, SEARCHED_VECTORS, x.shape[1]), _tile(codes, CODES, x.shape[1])
+    code_tiles = pl.cdiv(codes, tile_codes)
+    filling = code_tiles * tile_codes - codes
     offset = jnp.pad(offset, (0, filling), constant_values=jnp.inf)
     found = pl.pallas_call(
         _search,
-        grid=(pl.cdiv(vectors, tile_vectors), pl.cdiv(codes, tile_codes)),
+        grid=(pl.cdiv(vectors, tile_vectors), code_tiles),
         in_specs=[
             pl.BlockSpec((tile_vectors, x.shape[1]), lambda v, n: (v, 0)),
             pl.BlockSpec((tile_codes, x.shape[1]), lambda v, n: (n, 0)),
@@ -152,7 +151,7 @@ def code_statistics(size: int, precision: lax.Precision, x: jax.Array, codes: ja
     """
     vectors, width = codes.size, x.shape[-1]
     x = jnp.concatenate([*_pieces(x.reshape(vectors, width), precision), jnp.ones((vectors, 1), jnp.bfloat16)], axis=1)
-    tile_vectors, tile_codes = _tile_sizes(vectors, size, x.shape[1])
+    tile_vectors, tile_codes = _tile(vectors, ADDED_VECTORS, x.shape[1]), _tile(size, CODES, x.shape[1])
     vector_tiles, code_tiles = pl.cdiv(vectors, tile_vectors), pl.cdiv(size, tile_codes)
     filling = vector_tiles * tile_vectors - vectors
     sums = pl.pallas_call(
