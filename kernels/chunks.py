@@ -22,11 +22,6 @@ def block_length(state: jax.Array, chunk_size: int) -> int:
     return max(rows // chunk_size, 1) * chunk_size
 
 
-def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[B, T, G, ...] → [B, T, heads, ...]: each head serves heads / G neighbours."""
-    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
-
-
 def split(x: jax.Array, chunk_size: int, dtype: jnp.dtype) -> jax.Array:
     """[B, T, H, F] → [B, H, N, C, F], the last chunk filled up with zeros, which change no state."""
     batch, time, heads, width = x.shape

@@ -20,9 +20,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels.checks import canonical_decay, check_heads, check_shape
-from kernels.chunks import compute_dtype, repeat_heads
 from kernels.delta_rule import delta_rule as whole_delta_rule
+from kernels.heads import canonical, repeat_heads
 from kernels.linear_attention import linear_attention as whole_linear_attention
 from kernels.linear_scan import linear_scan as whole_linear_scan
 from kernels.packing import RESET, starts
@@ -97,14 +96,9 @@ def linear_attention(
     op = "sequence.linear_attention"
     axis = _time_axis(op, mesh, spec)
     arrays: dict[str, Any] = {"q": q, "k": k, "v": v}
-    log_decay, initial_state = _canonical(op, arrays, log_decay, initial_state)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    options: dict[str, Any] = {
-        "scale": scale,
-        "causal": causal,
-        "chunk_size": chunk_size,
-        "implementation": implementation,
-    }
+    given = canonical(op, arrays, log_decay, initial_state, scale)
+    options: dict[str, Any] = {"scale": given.scale, "causal": causal}
+    options |= {"chunk_size": chunk_size, "implementation": implementation}
 
     def local(parts: Parts, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k, v, log_decay, ids = parts["q"], parts["k"], parts["v"], parts.get("log_decay"), parts.get("segment_ids")
@@ -117,11 +111,11 @@ def linear_attention(
             back = None if decay is None else jnp.flip(decay, 1)
             own = _additive_map(jnp.flip(k, 1), jnp.flip(v, 1), back, initial)
             _, later = _before(own, _scale, axis, reverse=True)
-            out += (scale * _read_backwards(q, decay, later)).astype(out.dtype)
+            out += (given.scale * _read_backwards(q, decay, later)).astype(out.dtype)
         return _leave((out, final), axis)
 
-    arrays |= {"log_decay": log_decay, "segment_ids": segment_ids}
-    return _run(op, local, mesh, spec, arrays, initial_state, 4)
+    arrays |= {"log_decay": given.log_decay, "segment_ids": segment_ids}
+    return _run(op, local, mesh, spec, arrays, given.state, 4)
 
 
 def delta_rule(
@@ -150,17 +144,17 @@ def delta_rule(
     op = "sequence.delta_rule"
     axis = _time_axis(op, mesh, spec)
     arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "beta": beta}
-    log_decay, initial_state = _canonical(op, arrays, log_decay, initial_state)
-    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "implementation": implementation}
+    given = canonical(op, arrays, log_decay, initial_state, scale)
+    options: dict[str, Any] = {"scale": given.scale, "chunk_size": chunk_size, "implementation": implementation}
 
     def local(parts: Parts, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k, v, beta = (parts[name] for name in ("q", "k", "v", "beta"))
         ids = parts.get("segment_ids")
         fresh = _fresh(ids, axis)
-        given = options | {"log_decay": _public(parts.get("log_decay")), "segment_ids": ids}
+        everything = options | {"log_decay": _public(parts.get("log_decay")), "segment_ids": ids}
 
         def run(values: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return whole_delta_rule(q, k, values, beta, initial_state=state, **given)
+            return whole_delta_rule(q, k, values, beta, initial_state=state, **everything)
 
         batch, heads, width, _ = initial.shape
         identity = jnp.broadcast_to(jnp.eye(width, dtype=initial.dtype), (batch, heads, width, width))
@@ -169,8 +163,8 @@ def delta_rule(
         kept, added = _before((kept, added), _matrix_product, axis)
         return _leave(run(v, _unless_fresh(fresh, _matrix_product(kept, initial) + added)), axis)
 
-    arrays |= {"log_decay": log_decay, "segment_ids": segment_ids}
-    return _run(op, local, mesh, spec, arrays, initial_state, 4)
+    arrays |= {"log_decay": given.log_decay, "segment_ids": segment_ids}
+    return _run(op, local, mesh, spec, arrays, given.state, 4)
 
 
 def _run(
@@ -211,20 +205,6 @@ def _time_axis(op: str, mesh: Mesh, spec: P) -> str | None:
     if axis is not None and axis not in mesh.axis_names:
         raise ValueError(f"{op}: spec: got {axis!r} for time, wanted None or one mesh axis of {mesh.axis_names}")
     return axis
-
-
-def _canonical(
-    op: str, arrays: dict[str, Any], log_decay: jax.Array | None, initial_state: jax.Array | None
-) -> tuple[jax.Array | None, jax.Array]:
-    """Log decay [B, T, Hg, 1 or K] or None, and the state [B, H, K, V]; the operation checks the rest."""
-    sizes: dict[str, int] = {}
-    check_shape(op, "k", arrays["k"], "B T Hk K", sizes)
-    heads = check_heads(op, {name: x.shape[2] for name, x in arrays.items()})
-    log_decay = canonical_decay(op, log_decay, sizes, heads)
-    if initial_state is None:
-        dtype, _ = compute_dtype(arrays["q"], arrays["k"], arrays["v"])
-        initial_state = jnp.zeros((sizes["B"], heads, sizes["K"], arrays["v"].shape[-1]), dtype)
-    return log_decay, initial_state
 
 
 def _public(log_decay: jax.Array | None) -> jax.Array | None:

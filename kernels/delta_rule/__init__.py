@@ -6,17 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.checks import (
-    canonical_decay,
-    check_chunk_size,
-    check_floating,
-    check_heads,
-    check_segment_ids,
-    check_shape,
-)
-from kernels.chunks import compute_dtype, repeat_heads
+from kernels.checks import check_chunk_size, check_segment_ids
 from kernels.delta_rule import reference, tpu, xla
 from kernels.delta_rule.form import Form
+from kernels.heads import canonical, canonical_token, repeat_heads
 from kernels.packing import with_resets
 
 
@@ -61,35 +54,17 @@ def delta_rule(
       NotImplementedError: "pallas" where it cannot serve.
     """
     op = "delta_rule"
-    sizes: dict[str, int] = {}
-    check_shape(op, "q", q, "B T Hq K", sizes)
-    check_shape(op, "k", k, "B T Hk K", sizes)
-    check_shape(op, "v", v, "B T Hv V", sizes)
-    check_shape(op, "beta", beta, "B T Hb", sizes)
-    heads = check_heads(op, {"q": sizes["Hq"], "k": sizes["Hk"], "v": sizes["Hv"], "beta": sizes["Hb"]})
-    if initial_state is not None:
-        check_shape(op, "initial_state", initial_state, "B H K V", sizes | {"H": heads})
-    arrays = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "initial_state": initial_state}
-    check_floating(op, arrays)
-    check_segment_ids(op, segment_ids, sizes)
-    log_decay = canonical_decay(op, log_decay, sizes, heads)
-    chunk_size = check_chunk_size(op, chunk_size)
-    scale = float(sizes["K"]) ** -0.5 if scale is None else float(scale)
-    refusal = tpu.refusal(sizes["K"], sizes["V"], chunk_size, jnp.result_type(q, k, v))
+    given = canonical(op, {"q": q, "k": k, "v": v, "beta": beta}, log_decay, initial_state, scale)
+    check_segment_ids(op, segment_ids, given.sizes)
+    form = Form(given.scale, check_chunk_size(op, chunk_size))
+    refusal = tpu.refusal(given.sizes["K"], given.sizes["V"], form.chunk_size, jnp.result_type(q, k, v))
     dispatch.check_implementation(op, implementation, refusal)
 
-    dtype, _ = compute_dtype(q, k, v)
-    if initial_state is None:
-        initial_state = jnp.zeros((sizes["B"], heads, sizes["K"], sizes["V"]), dtype)
-    initial_state = initial_state.astype(dtype)
-
     if implementation == "reference":
-        q, k, v, beta = (repeat_heads(x, heads) for x in (q, k, v, beta))
-        if log_decay is not None:
-            log_decay = repeat_heads(log_decay, heads)
-        return reference.delta_rule(q, k, v, beta, log_decay, initial_state, segment_ids, scale=scale)
-    log_decay = with_resets(log_decay, segment_ids)
-    return _correct(implementation, refusal, Form(scale, chunk_size), q, k, v, beta, log_decay, initial_state)
+        q, k, v, beta, log_decay = (repeat_heads(x, given.sizes["H"]) for x in (q, k, v, beta, given.log_decay))
+        return reference.delta_rule(q, k, v, beta, log_decay, given.state, segment_ids, scale=given.scale)
+    log_decay = with_resets(given.log_decay, segment_ids)
+    return _correct(implementation, refusal, form, q, k, v, beta, log_decay, given.state)
 
 
 def delta_rule_step(
@@ -117,23 +92,11 @@ def delta_rule_step(
     Raises:
       ValueError: an argument of another shape or dtype.
     """
-    op = "delta_rule_step"
-    sizes: dict[str, int] = {}
-    check_shape(op, "q", q, "B Hq K", sizes)
-    check_shape(op, "k", k, "B Hk K", sizes)
-    check_shape(op, "v", v, "B Hv V", sizes)
-    check_shape(op, "beta", beta, "B Hb", sizes)
-    heads = check_heads(op, {"q": sizes["Hq"], "k": sizes["Hk"], "v": sizes["Hv"], "beta": sizes["Hb"]})
-    check_shape(op, "state", state, "B H K V", sizes | {"H": heads})
-    check_floating(op, {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "state": state})
-    if log_decay is not None and jnp.ndim(log_decay) > 1:
-        log_decay = jnp.expand_dims(log_decay, 1)
-    log_decay = canonical_decay(op, log_decay, sizes | {"T": 1}, heads)
-    q, k, v, beta = (repeat_heads(x[:, None], heads) for x in (q, k, v, beta))
-    if log_decay is not None:
-        log_decay = repeat_heads(log_decay, heads)
-    scale = float(sizes["K"]) ** -0.5 if scale is None else float(scale)
-    out, state = reference.delta_rule(q, k, v, beta, log_decay, state, None, scale=scale)
+    arrays = {"q": q, "k": k, "v": v, "beta": beta}
+    given = canonical_token("delta_rule_step", arrays, log_decay, state, scale)
+    token = (q[:, None], k[:, None], v[:, None], beta[:, None], given.log_decay)
+    q, k, v, beta, log_decay = (repeat_heads(x, given.sizes["H"]) for x in token)
+    out, state = reference.delta_rule(q, k, v, beta, log_decay, given.state, None, scale=given.scale)
     return out[:, 0], state
 
 

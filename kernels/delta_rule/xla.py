@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import recompute
-from kernels.chunks import block_length, compute_dtype, join, repeat_heads, split
+from kernels.chunks import block_length, compute_dtype, join, split
 from kernels.decay import chunk_sums, decayed_products, pair_sums
 from kernels.delta_rule.form import Form
+from kernels.heads import repeat_heads
 from kernels.triangular import solve
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]

@@ -6,15 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.checks import (
-    canonical_decay,
-    check_chunk_size,
-    check_floating,
-    check_heads,
-    check_segment_ids,
-    check_shape,
-)
-from kernels.chunks import compute_dtype, repeat_heads
+from kernels.checks import check_chunk_size, check_segment_ids
+from kernels.chunks import compute_dtype
+from kernels.heads import canonical, canonical_token, repeat_heads
 from kernels.linear_attention import reference, tpu, xla
 from kernels.linear_attention.form import Form
 from kernels.packing import with_resets
@@ -63,30 +57,15 @@ def linear_attention(
       NotImplementedError: "pallas" where it cannot serve.
     """
     op = "linear_attention"
-    sizes: dict[str, int] = {}
-    check_shape(op, "q", q, "B T Hq K", sizes)
-    check_shape(op, "k", k, "B T Hk K", sizes)
-    check_shape(op, "v", v, "B T Hv V", sizes)
-    heads = check_heads(op, {"q": sizes["Hq"], "k": sizes["Hk"], "v": sizes["Hv"]})
-    if initial_state is not None:
-        check_shape(op, "initial_state", initial_state, "B H K V", sizes | {"H": heads})
-    check_floating(op, {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state})
-    check_segment_ids(op, segment_ids, sizes)
-    log_decay = canonical_decay(op, log_decay, sizes, heads)
+    given = canonical(op, {"q": q, "k": k, "v": v}, log_decay, initial_state, scale)
+    check_segment_ids(op, segment_ids, given.sizes)
     chunk_size = check_chunk_size(op, chunk_size)
-    scale = float(sizes["K"]) ** -0.5 if scale is None else float(scale)
-    refusal = tpu.refusal(sizes["K"], sizes["V"], chunk_size, jnp.result_type(q, k, v))
+    refusal = tpu.refusal(given.sizes["K"], given.sizes["V"], chunk_size, jnp.result_type(q, k, v))
     dispatch.check_implementation(op, implementation, refusal)
-
-    dtype, _ = compute_dtype(q, k, v)
-    if initial_state is None:
-        initial_state = jnp.zeros((sizes["B"], heads, sizes["K"], sizes["V"]), dtype)
-    initial_state = initial_state.astype(dtype)
+    log_decay, initial_state, scale = given.log_decay, given.state, given.scale
 
     if implementation == "reference":
-        q, k, v = (repeat_heads(x, heads) for x in (q, k, v))
-        if log_decay is not None:
-            log_decay = repeat_heads(log_decay, heads)
+        q, k, v, log_decay = (repeat_heads(x, given.sizes["H"]) for x in (q, k, v, log_decay))
         return reference.linear_attention(q, k, v, log_decay, initial_state, segment_ids, scale=scale, causal=causal)
     if not causal and log_decay is None and segment_ids is None and implementation != "pallas":
         return _all_to_all(q, k, v, initial_state, scale)
@@ -125,22 +104,10 @@ def linear_attention_step(
     Raises:
       ValueError: an argument of another shape or dtype.
     """
-    op = "linear_attention_step"
-    sizes: dict[str, int] = {}
-    check_shape(op, "q", q, "B Hq K", sizes)
-    check_shape(op, "k", k, "B Hk K", sizes)
-    check_shape(op, "v", v, "B Hv V", sizes)
-    heads = check_heads(op, {"q": sizes["Hq"], "k": sizes["Hk"], "v": sizes["Hv"]})
-    check_shape(op, "state", state, "B H K V", sizes | {"H": heads})
-    check_floating(op, {"q": q, "k": k, "v": v, "log_decay": log_decay, "state": state})
-    if log_decay is not None and jnp.ndim(log_decay) > 1:
-        log_decay = jnp.expand_dims(log_decay, 1)
-    log_decay = canonical_decay(op, log_decay, sizes | {"T": 1}, heads)
-    q, k, v = (repeat_heads(x[:, None], heads) for x in (q, k, v))
-    if log_decay is not None:
-        log_decay = repeat_heads(log_decay, heads)
-    scale = float(sizes["K"]) ** -0.5 if scale is None else float(scale)
-    out, state = reference.linear_attention(q, k, v, log_decay, state, None, scale=scale, causal=True)
+    given = canonical_token("linear_attention_step", {"q": q, "k": k, "v": v}, log_decay, state, scale)
+    token = (q[:, None], k[:, None], v[:, None], given.log_decay)
+    q, k, v, log_decay = (repeat_heads(x, given.sizes["H"]) for x in token)
+    out, state = reference.linear_attention(q, k, v, log_decay, given.state, None, scale=given.scale, causal=True)
     return out[:, 0], state
 
 
