@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES, LANES = 8, 128
-SEARCHED_VECTORS, ADDED_VECTORS, CODES = 2048, 512, 512  # of a tile, fewer where they are wide
+SEARCHED_VECTORS, ADDED_VECTORS, CODES = 2048, 512, 256  # of a tile, fewer where they are wide
 MAX_WIDTH = 2048
 
 
