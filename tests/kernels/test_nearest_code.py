@@ -188,9 +188,9 @@ def test_what_is_not_finite(implementation):
     x, codebook = np.array(normal(12, 60, 4)), np.array(normal(13, 64, 4))
     x[7, 1], x[8, 2], x[9, 3] = np.nan, np.inf, -np.inf
     codebook[:2] = -100.0  # so that code 0 is not found by itself
-    codebook[11, 0], codebook[12, 1], codebook[13, 2] = np.nan, np.inf, -np.inf
+    codebook[41, 0], codebook[42, 1], codebook[43, 2] = np.nan, np.inf, -np.inf
     clean_x, clean_codebook = x.copy(), codebook.copy()
-    clean_x[7:10], clean_codebook[11:14] = 0, 1000.0
+    clean_x[7:10], clean_codebook[41:44] = 0, 1000.0
     wanted = distances(clean_x, clean_codebook, "l2").argmin(1)
     assert wanted[7] != 0
     wanted[7:10] = 0
