@@ -34,7 +34,7 @@ def test_operations_import_without_the_zoo():
     """And without starting a backend."""
     program = (
         "import sys, kernels.linear_scan, kernels.selective_scan, kernels.linear_attention, kernels.delta_rule, "
-        "kernels.sequence\n"
+        "kernels.sequence, kernels.nearest_code\n"
         "import jax._src.xla_bridge as bridge\n"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('zoo', 'flax', 'optax')]\n"
         "assert not bridge.backends_are_initialized()\n"
