@@ -20,14 +20,12 @@ def starts(segment_ids: jax.Array, before: jax.Array | None = None) -> jax.Array
     return segment_ids != jnp.concatenate([first, segment_ids[:, :-1]], axis=1)
 
 
-def with_resets(
-    log_decay: jax.Array | None, segment_ids: jax.Array | None, before: jax.Array | None = None
-) -> jax.Array | None:
-    """Log decay [B, T, H, F] or None, ids [B, T] or None → log decay [B, T, H, F] with RESET at segment starts.
+def with_resets(log_decay: jax.Array | None, fresh: jax.Array | None) -> jax.Array | None:
+    """Log decay [B, T, H, F] or None, segment starts [B, T] or None → log decay with RESET at the starts.
 
-    None where both are; [B, T, 1, 1] where only the decay is. -inf becomes RESET, whose exp is 0 too.
+    None where both are, [B, T, 1, 1] where only the starts are given. -inf becomes RESET, whose exp is 0 too.
     """
-    if segment_ids is None:
+    if fresh is None:
         return None if log_decay is None else jnp.maximum(log_decay, RESET)
-    reset = jnp.where(starts(segment_ids, before), RESET, 0.0)[..., None, None]
-    return reset.astype(jnp.float32) if log_decay is None else jnp.maximum(log_decay, RESET) + reset
+    reset = jnp.where(fresh, jnp.float32(RESET), 0.0)[..., None, None]
+    return reset if log_decay is None else jnp.maximum(log_decay, RESET) + reset

@@ -24,7 +24,7 @@ from kernels.delta_rule import delta_rule as whole_delta_rule
 from kernels.heads import canonical, repeat_heads
 from kernels.linear_attention import linear_attention as whole_linear_attention
 from kernels.linear_scan import linear_scan as whole_linear_scan
-from kernels.packing import RESET, starts
+from kernels.packing import RESET, starts, with_resets
 
 Parts = dict[str, Any]
 Map = tuple[jax.Array, jax.Array]
@@ -103,11 +103,11 @@ def linear_attention(
     def local(parts: Parts, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k, v, log_decay, ids = parts["q"], parts["k"], parts["v"], parts.get("log_decay"), parts.get("segment_ids")
         fresh = _fresh(ids, axis)
-        kept, added = _before(_additive_map(k, v, _with_resets(log_decay, fresh), initial), _scale, axis)
+        kept, added = _before(_additive_map(k, v, with_resets(log_decay, fresh), initial), _scale, axis)
         run = partial(whole_linear_attention, q, k, v, log_decay=_public(log_decay), segment_ids=ids, **options)
         out, final = run(initial_state=_unless_fresh(fresh, kept * initial + added))
         if not causal:
-            decay = _with_resets(log_decay, _fresh(ids, axis, reverse=True))
+            decay = with_resets(log_decay, _fresh(ids, axis, reverse=True))
             back = None if decay is None else jnp.flip(decay, 1)
             own = _additive_map(jnp.flip(k, 1), jnp.flip(v, 1), back, initial)
             _, later = _before(own, _scale, axis, reverse=True)
@@ -202,7 +202,12 @@ def _run(
 
 def _time_axis(op: str, mesh: Mesh, spec: P) -> str | None:
     axis = spec[1] if len(spec) > 1 else None
-    if axis is not None and axis not in mesh.axis_names:
+    known = {None, *mesh.axis_names}
+    for part in spec:
+        for name in part if isinstance(part, tuple) else (part,):
+            if name not in known:
+                raise ValueError(f"{op}: spec: got axis {name!r}, wanted axes of the mesh, {mesh.axis_names}")
+    if axis not in known:
         raise ValueError(f"{op}: spec: got {axis!r} for time, wanted None or one mesh axis of {mesh.axis_names}")
     return axis
 
@@ -235,13 +240,6 @@ def _fresh(segment_ids: jax.Array | None, axis: str | None, reverse: bool = Fals
         before = jnp.where(_place(axis, reverse) == 0, ids[:, :1], _neighbour(ids[:, -1:], axis, -1 if reverse else 1))
     fresh = starts(ids, before)
     return jnp.flip(fresh, 1) if reverse else fresh
-
-
-def _with_resets(log_decay: jax.Array | None, fresh: jax.Array | None) -> jax.Array | None:
-    if fresh is None:
-        return log_decay if log_decay is None else jnp.maximum(log_decay, RESET)
-    reset = jnp.where(fresh, jnp.float32(RESET), 0.0)[..., None, None]
-    return reset if log_decay is None else jnp.maximum(log_decay, RESET) + reset
 
 
 def _unless_fresh(fresh: jax.Array | None, state: jax.Array, reverse: bool = False) -> jax.Array:

@@ -10,7 +10,7 @@ from kernels.checks import check_chunk_size, check_segment_ids
 from kernels.delta_rule import reference, tpu, xla
 from kernels.delta_rule.form import Form
 from kernels.heads import canonical, canonical_token, repeat_heads
-from kernels.packing import with_resets
+from kernels.packing import starts, with_resets
 
 
 def delta_rule(
@@ -63,7 +63,7 @@ def delta_rule(
     if implementation == "reference":
         q, k, v, beta, log_decay = (repeat_heads(x, given.sizes["H"]) for x in (q, k, v, beta, given.log_decay))
         return reference.delta_rule(q, k, v, beta, log_decay, given.state, segment_ids, scale=given.scale)
-    log_decay = with_resets(given.log_decay, segment_ids)
+    log_decay = with_resets(given.log_decay, None if segment_ids is None else starts(segment_ids))
     return _correct(implementation, refusal, form, q, k, v, beta, log_decay, given.state)
 
 

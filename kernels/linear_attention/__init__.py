@@ -11,7 +11,7 @@ from kernels.chunks import compute_dtype
 from kernels.heads import canonical, canonical_token, repeat_heads
 from kernels.linear_attention import reference, tpu, xla
 from kernels.linear_attention.form import Form
-from kernels.packing import with_resets
+from kernels.packing import starts, with_resets
 
 
 def linear_attention(
@@ -71,12 +71,14 @@ def linear_attention(
         return _all_to_all(q, k, v, initial_state, scale)
 
     attend = partial(_attend, implementation, refusal)
-    out, final_state = attend(Form(scale, chunk_size), q, k, v, with_resets(log_decay, segment_ids), initial_state)
+    fresh = None if segment_ids is None else starts(segment_ids)
+    out, final_state = attend(Form(scale, chunk_size), q, k, v, with_resets(log_decay, fresh), initial_state)
     if not causal:
         back = [jnp.flip(x, 1) for x in (q, k, v)]
-        log_decay, segment_ids = (x if x is None else jnp.flip(x, 1) for x in (log_decay, segment_ids))
+        log_decay = None if log_decay is None else jnp.flip(log_decay, 1)
+        fresh = None if segment_ids is None else starts(jnp.flip(segment_ids, 1))
         nothing = jnp.zeros_like(initial_state)
-        later, _ = attend(Form(scale, chunk_size, own=False), *back, with_resets(log_decay, segment_ids), nothing)
+        later, _ = attend(Form(scale, chunk_size, own=False), *back, with_resets(log_decay, fresh), nothing)
         out += jnp.flip(later, 1)
     return out, final_state
 

@@ -170,14 +170,17 @@ def test_only_states_travel(op):
         assert np.prod(sizes) <= 2 * KEY * VALUE, (kind, shape)
 
 
-def test_bad_layouts_are_named():
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (P(None, "sequence"), r"x: got shape \(1, 60, 4\), cannot split 60 over 'sequence'"),
+        (P(None, "time"), r"spec: got axis 'time', wanted axes of the mesh"),
+        (P("data", "sequence"), r"spec: got axis 'data', wanted axes of the mesh"),
+        (P(None, ("sequence", "sequence")), r"spec: got \('sequence', 'sequence'\) for time, wanted None or one"),
+    ],
+)
+def test_bad_layouts_are_named(spec, message):
     mesh, _ = mesh_and_spec("eight of time")
     x = jnp.ones((1, 60, 4))
-    with pytest.raises(
-        ValueError, match=r"sequence.linear_scan: x: got shape \(1, 60, 4\), cannot split 60 over 'sequence'"
-    ):
-        sequence.linear_scan(x, x, mesh=mesh, spec=P(None, "sequence"))
-    with pytest.raises(
-        ValueError, match=r"sequence.linear_scan: spec: got 'time' for time, wanted None or one mesh axis"
-    ):
-        sequence.linear_scan(x, x, mesh=mesh, spec=P(None, "time"))
+    with pytest.raises(ValueError, match=f"sequence.linear_scan: {message}"):
+        sequence.linear_scan(x, x, mesh=mesh, spec=spec)
