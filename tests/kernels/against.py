@@ -6,6 +6,7 @@ import numpy as np
 
 # Tests compile hundreds of small programs and run each once; the compiler's last optimisations only cost time here.
 QUICK = {"xla_backend_optimization_level": 0}
+GATES = ("none", "head", "token", "channel")
 
 
 def normal(seed, *shape):
@@ -15,6 +16,27 @@ def normal(seed, *shape):
 
 def uniform(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).random(shape, np.float32))
+
+
+def attention_arguments(gate, time=45, batch=2, heads=(2, 2, 4), key=8, value=12, strength=2.0):
+    """Arguments with an initial state; `heads` are those of q, k and v."""
+    most = max(heads)
+    arrays = {
+        "q": normal(0, batch, time, heads[0], key),
+        "k": normal(1, batch, time, heads[1], key),
+        "v": normal(2, batch, time, heads[2], value),
+        "initial_state": normal(3, batch, most, key, value),
+    }
+    shape = {"head": (most,), "token": (batch, time, most), "channel": (batch, time, most, key)}
+    if gate != "none":
+        arrays["log_decay"] = strength * jax.nn.log_sigmoid(normal(4, *shape[gate]))
+    return arrays
+
+
+def segments():
+    """[2, 45] ids: segments that end on and off the borders of chunks, one of a single token."""
+    times = np.arange(45)
+    return jnp.asarray([np.searchsorted(starts, times, side="right") for starts in ([7, 20], [7, 16, 44])])
 
 
 def pull(op, arrays, compiler_options=QUICK):

@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from against import QUICK, assert_equal, assert_within_rule, cast, normal, pull, uniform
+from against import (
+    GATES,
+    QUICK,
+    assert_equal,
+    assert_within_rule,
+    attention_arguments,
+    cast,
+    normal,
+    pull,
+    segments,
+    uniform,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,36 +25,18 @@ from kernels import triangular
 from kernels.delta_rule import delta_rule, delta_rule_step
 from kernels.linear_attention import linear_attention
 
-GATES = ("none", "head", "token", "channel")
 
-
-def make(gate, time=45, batch=2, heads=(2, 2, 4, 4), key=8, value=12, strength=2.0):
-    """Arguments with an initial state, keys of length one and beta in (0, 2); `heads` are those of q, k, v and beta."""
-    most = max(heads)
-    k = normal(1, batch, time, heads[1], key)
-    arrays = {
-        "q": normal(0, batch, time, heads[0], key),
-        "k": k / jnp.linalg.norm(k, axis=-1, keepdims=True),
-        "v": normal(2, batch, time, heads[2], value),
-        "beta": 2 * jax.nn.sigmoid(normal(5, batch, time, heads[3])),
-        "initial_state": normal(3, batch, most, key, value),
-    }
-    shape = {"head": (most,), "token": (batch, time, most), "channel": (batch, time, most, key)}
-    if gate != "none":
-        arrays["log_decay"] = strength * jax.nn.log_sigmoid(normal(4, *shape[gate]))
-    return arrays
+def make(gate, time=45, batch=2, heads=(2, 2, 4, 4), **sizes):
+    """As for linear attention, keys of length one and beta in (0, 2); `heads` are those of q, k, v and beta."""
+    arrays = attention_arguments(gate, time, batch, heads[:3], **sizes)
+    arrays["k"] /= jnp.linalg.norm(arrays["k"], axis=-1, keepdims=True)
+    return arrays | {"beta": 2 * jax.nn.sigmoid(normal(5, batch, time, heads[3]))}
 
 
 def run(arrays, **options):
     """Values alone, compiled as a whole, as numpy."""
     op = jax.jit(lambda arrays: delta_rule(**arrays, **options), compiler_options=QUICK)
     return jax.tree.map(np.asarray, op(arrays))
-
-
-def segments():
-    """[2, 45] ids: segments that end on and off the borders of chunks, one of a single token."""
-    times = np.arange(45)
-    return jnp.asarray([np.searchsorted(starts, times, side="right") for starts in ([7, 20], [7, 16, 44])])
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -220,7 +213,7 @@ def test_memory_is_linear_in_time():
     """Values and gradients of long recordings: at most six times inputs and outputs."""
     sizes = {}
     for time in (8192, 16384):
-        like = jax.eval_shape(lambda time=time: make("channel", time, 1, (4, 4, 4, 4), 64, 64))
+        like = jax.eval_shape(lambda time=time: make("channel", time, 1, (4, 4, 4, 4), key=64, value=64))
         program = jax.jit(jax.grad(lambda a: jnp.sum(delta_rule(**a, implementation="xla")[0]))).lower(like)
         memory = program.compile(QUICK).memory_analysis()
         sizes[time] = memory.temp_size_in_bytes

@@ -6,41 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from against import QUICK, assert_equal, assert_within_rule, cast, normal, pull, uniform
+from against import GATES, QUICK, assert_equal, assert_within_rule, cast, pull, segments, uniform
+from against import attention_arguments as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import dispatch, packing
 from kernels.linear_attention import linear_attention, linear_attention_step
 
-GATES = ("none", "head", "token", "channel")
-
-
-def make(gate, time=45, batch=2, heads=(2, 2, 4), key=8, value=12, strength=2.0):
-    """Arguments with an initial state; `heads` are those of q, k and v."""
-    most = max(heads)
-    arrays = {
-        "q": normal(0, batch, time, heads[0], key),
-        "k": normal(1, batch, time, heads[1], key),
-        "v": normal(2, batch, time, heads[2], value),
-        "initial_state": normal(3, batch, most, key, value),
-    }
-    shape = {"head": (most,), "token": (batch, time, most), "channel": (batch, time, most, key)}
-    if gate != "none":
-        arrays["log_decay"] = strength * jax.nn.log_sigmoid(normal(4, *shape[gate]))
-    return arrays
-
 
 def run(arrays, **options):
     """Values alone, compiled as a whole, as numpy."""
     op = jax.jit(lambda arrays: linear_attention(**arrays, **options), compiler_options=QUICK)
     return jax.tree.map(np.asarray, op(arrays))
-
-
-def segments():
-    """[2, 45] ids: segments that end on and off the borders of chunks, one of a single token."""
-    times = np.arange(45)
-    return jnp.asarray([np.searchsorted(starts, times, side="right") for starts in ([7, 20], [7, 16, 44])])
 
 
 def unpack(arrays, ids, row, segment):
