@@ -1,0 +1,67 @@
+"""What the forms of block selection share beside the arrays.
+
+Canonical arguments: q [B, T, H, K], k_compressed [B, N, G, K], begins [B, T] int32 (where each token's segment begins).
+A block is `block_size` tokens and `ratio` strides. Compressed key i is of phase i % ratio in block i // ratio: laid out
+phase by phase, the scores of blocks are sums of whole rows of compressed keys' probabilities.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Form:
+    scale: float
+    block_size: int
+    stride: int
+    compression_block: int
+    selected: int
+    """How many blocks a query gets."""
+    initial: int
+    local: int
+
+    @property
+    def ratio(self) -> int:
+        return self.block_size // self.stride
+
+    def blocks(self, time: int) -> int:
+        return -(-time // self.block_size)
+
+    def compressed(self, time: int) -> int:
+        """How many whole compressed blocks `time` tokens hold."""
+        return max((time - self.compression_block) // self.stride + 1, 0)
+
+    def shares(self) -> list[tuple[int, int, int]]:
+        """(shift, phase, weight): block j's score holds weight times the probability of that phase in block j - shift.
+
+        The weights of native sparse attention's equation 9: how many strides the compressed block and block j share.
+        """
+        covered = self.compression_block // self.stride
+        weights: dict[int, int] = {}
+        for m in range(self.ratio):
+            for n in range(covered):
+                place = self.ratio - 1 - m - n  # from the first compressed key of the block
+                weights[place] = weights.get(place, 0) + 1
+        return [(-(place // self.ratio), place % self.ratio, weight) for place, weight in sorted(weights.items())]
+
+    def visible(self, compressed: jax.Array, time: jax.Array, begins: jax.Array) -> jax.Array:
+        """Whether a compressed block has ended by the query's time and lies in its segment; integers that broadcast."""
+        start = compressed * self.stride
+        return (start + self.compression_block <= time + 1) & (start >= begins)
+
+    def rank(self, score: jax.Array, block: jax.Array, time: jax.Array, begins: jax.Array) -> jax.Array:
+        """The score with forced blocks at inf, and those after the query or before its segment at -inf."""
+        first, current = begins // self.block_size, time // self.block_size
+        forced = (block < first + self.initial) | (block > current - self.local)
+        allowed = (block >= first) & (block <= current)
+        return jnp.where(allowed, jnp.where(forced, jnp.inf, score), -jnp.inf)
+
+
+def phase_major(form: Form, k_compressed: jax.Array, blocks: int) -> jax.Array:
+    """[B, N, G, K] → [B, G, ratio, blocks, K], filled up with zeros."""
+    batch, compressed, groups, width = k_compressed.shape
+    filling = blocks * form.ratio - compressed
+    k = jnp.pad(k_compressed, ((0, 0), (0, filling), (0, 0), (0, 0)))
+    return k.reshape(batch, blocks, form.ratio, groups, width).transpose(0, 3, 2, 1, 4)

@@ -1,0 +1,31 @@
+"""The definition of block selection: equations 8 to 12 of native sparse attention (2502.11089), all scores at once."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.select_blocks.form import Form
+
+
+def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax.Array) -> jax.Array:
+    """Canonical arguments in the dtype to compute in → the best blocks first [B, T, G, at most n], -1 for none."""
+    batch, time, _, width = q.shape
+    compressed, groups = k_compressed.shape[1:3]
+    q = q.reshape(batch, time, groups, -1, width)
+    s = form.scale * jnp.einsum("btghk,bngk->btghn", q, k_compressed, precision="highest")
+    t, begins = jnp.arange(time)[:, None, None], begins[:, :, None, None]
+    visible = form.visible(jnp.arange(compressed), t, begins)[:, :, None]
+    largest = jnp.max(s, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(s.dtype).min)
+    p = jnp.exp(jnp.where(visible, s - largest, -jnp.inf))
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    p = jnp.sum(p / jnp.where(total > 0, total, 1), axis=3)  # over the heads of a group
+
+    block = jnp.arange(form.blocks(time))
+    p = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (0, form.ratio * block.size - compressed)))
+    score = jnp.zeros((batch, time, groups, block.size), p.dtype)
+    for m in range(form.ratio):
+        for n in range(form.compression_block // form.stride):
+            place = form.ratio * (block + 1) - 1 - m - n
+            score += jnp.where(place >= 0, p[..., jnp.maximum(place, 0)], 0)
+    rank = form.rank(score, block, t, begins)
+    order = jnp.argsort(-rank, axis=-1, stable=True)[..., : form.selected]
+    return jnp.where(jnp.take_along_axis(rank, order, axis=-1) > -jnp.inf, order, -1).astype(jnp.int32)
