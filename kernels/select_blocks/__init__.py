@@ -11,7 +11,7 @@ from kernels.checks import check_floating, check_segment_ids, check_shape
 from kernels.chunks import compute_dtype
 from kernels.packing import begins
 from kernels.select_blocks import reference, xla
-from kernels.select_blocks.form import Form
+from kernels.select_blocks.form import Form, ascending, filled
 
 
 def select_blocks(
@@ -90,11 +90,14 @@ def select_blocks(
         ids = jnp.full((*q.shape[:2], sizes["G"], selected_blocks), -1)
     elif implementation == "reference":
         dtype, _ = compute_dtype(q, k_compressed)
-        ids = reference.select_blocks(form, q.astype(dtype), k_compressed.astype(dtype), begun)
+        time = jnp.arange(sizes["T"])[None]
+        ids = reference.select_blocks(
+            form, q.astype(dtype), k_compressed.astype(dtype), time, begun, form.blocks(sizes["T"])
+        )
     else:
         select = partial(xla.select_blocks, form)
         ids = dispatch.run(implementation, refusal, select, select, q, k_compressed, begun)
-    return _ascending(ids, selected_blocks)
+    return ascending(filled(ids, selected_blocks))
 
 
 def check_blocks(op: str, block_size: int, stride: int, compression_block: int) -> None:
@@ -104,11 +107,3 @@ def check_blocks(op: str, block_size: int, stride: int, compression_block: int) 
     for name, size in (("block_size", block_size), ("compression_block", compression_block)):
         if size < 1 or size % stride:
             raise ValueError(f"{op}: {name}: got {size}, wanted a positive multiple of stride {stride}")
-
-
-def _ascending(ids: jax.Array, size: int) -> jax.Array:
-    """Ids sorted, -1 last, and filled up with it to `size`."""
-    none = jnp.iinfo(jnp.int32).max
-    ids = jnp.sort(jnp.where(ids < 0, none, ids.astype(jnp.int32)), axis=-1)
-    ids = jnp.where(ids == none, -1, ids)
-    return jnp.pad(ids, ((0, 0), (0, 0), (0, 0), (0, size - ids.shape[-1])), constant_values=-1)

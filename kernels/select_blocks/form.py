@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,6 @@ class Form:
         start = compressed * self.stride
         return (start + self.compression_block <= time + 1) & (start >= begins)
 
-    def rank(self, score: jax.Array, block: jax.Array, time: jax.Array, begins: jax.Array) -> jax.Array:
-        """The score with forced blocks at inf, and those after the query or before its segment at -inf."""
-        first, current = begins // self.block_size, time // self.block_size
-        forced = (block < first + self.initial) | (block > current - self.local)
-        allowed = (block >= first) & (block <= current)
-        return jnp.where(allowed, jnp.where(forced, jnp.inf, score), -jnp.inf)
-
 
 def phase_major(form: Form, k_compressed: jax.Array, blocks: int) -> jax.Array:
     """[B, N, G, K] → [B, G, ratio, blocks, K], filled up with zeros."""
@@ -65,3 +59,31 @@ def phase_major(form: Form, k_compressed: jax.Array, blocks: int) -> jax.Array:
     filling = blocks * form.ratio - compressed
     k = jnp.pad(k_compressed, ((0, 0), (0, filling), (0, 0), (0, 0)))
     return k.reshape(batch, blocks, form.ratio, groups, width).transpose(0, 3, 2, 1, 4)
+
+
+def rank(
+    score: jax.Array, block: jax.Array, time: jax.Array, begins: jax.Array, *, block_size: int, initial: int, local: int
+) -> jax.Array:
+    """The score with forced blocks at inf, and those after the query or before its segment at -inf."""
+    first, current = begins // block_size, time // block_size
+    forced = (block < first + initial) | (block > current - local)
+    allowed = (block >= first) & (block <= current)
+    return jnp.where(allowed, jnp.where(forced, jnp.inf, score), -jnp.inf)
+
+
+def best(ranked: jax.Array, most: int) -> jax.Array:
+    """[..., J] ranks → [..., most] int32, the blocks of the highest ranks, the highest first; -1 for those of -inf."""
+    highest, ids = lax.top_k(ranked, min(most, ranked.shape[-1]))
+    return filled(jnp.where(highest > -jnp.inf, ids, -1), most)
+
+
+def filled(ids: jax.Array, most: int) -> jax.Array:
+    """[..., fewer] → [..., most] with -1."""
+    return jnp.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, most - ids.shape[-1])], constant_values=-1)
+
+
+def ascending(ids: jax.Array) -> jax.Array:
+    """Sorted along the last axis, those of -1 at the end."""
+    none = jnp.iinfo(jnp.int32).max
+    ids = jnp.sort(jnp.where(ids < 0, none, ids), axis=-1)
+    return jnp.where(ids == none, -1, ids)

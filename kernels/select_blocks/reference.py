@@ -3,29 +3,34 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.select_blocks.form import Form
+from kernels.select_blocks.form import Form, rank
 
 
-def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax.Array) -> jax.Array:
-    """Canonical arguments in the dtype to compute in → the best blocks first [B, T, G, at most n], -1 for none."""
-    batch, time, _, width = q.shape
+def select_blocks(
+    form: Form, q: jax.Array, k_compressed: jax.Array, time: jax.Array, begins: jax.Array, blocks: int
+) -> jax.Array:
+    """Canonical arguments in the dtype to compute in → the best blocks first [B, T, G, at most n] int32, -1 for none.
+
+    `time` [B or 1, T] is that of each query, `blocks` how many there are to choose from.
+    """
+    batch, queries, _, width = q.shape
     compressed, groups = k_compressed.shape[1:3]
-    q = q.reshape(batch, time, groups, -1, width)
+    q = q.reshape(batch, queries, groups, -1, width)
     s = form.scale * jnp.einsum("btghk,bngk->btghn", q, k_compressed, precision="highest")
-    t, begins = jnp.arange(time)[:, None, None], begins[:, :, None, None]
-    visible = form.visible(jnp.arange(compressed), t, begins)[:, :, None]
+    time, begins = time[:, :, None, None], begins[:, :, None, None]
+    visible = form.visible(jnp.arange(compressed), time, begins)[:, :, None]
     largest = jnp.max(s, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(s.dtype).min)
     p = jnp.exp(jnp.where(visible, s - largest, -jnp.inf))
     total = jnp.sum(p, axis=-1, keepdims=True)
     p = jnp.sum(p / jnp.where(total > 0, total, 1), axis=3)  # over the heads of a group
 
-    block = jnp.arange(form.blocks(time))
-    p = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (0, form.ratio * block.size - compressed)))
-    score = jnp.zeros((batch, time, groups, block.size), p.dtype)
+    block = jnp.arange(blocks)
+    p = jnp.pad(p, ((0, 0), (0, 0), (0, 0), (0, form.ratio * blocks - compressed)))
+    score = jnp.zeros((batch, queries, groups, blocks), p.dtype)
     for m in range(form.ratio):
         for n in range(form.compression_block // form.stride):
             place = form.ratio * (block + 1) - 1 - m - n
             score += jnp.where(place >= 0, p[..., jnp.maximum(place, 0)], 0)
-    rank = form.rank(score, block, t, begins)
-    order = jnp.argsort(-rank, axis=-1, stable=True)[..., : form.selected]
-    return jnp.where(jnp.take_along_axis(rank, order, axis=-1) > -jnp.inf, order, -1).astype(jnp.int32)
+    ranked = rank(score, block, time, begins, block_size=form.block_size, initial=form.initial, local=form.local)
+    order = jnp.argsort(-ranked, axis=-1, stable=True)[..., : form.selected]
+    return jnp.where(jnp.take_along_axis(ranked, order, axis=-1) > -jnp.inf, order, -1).astype(jnp.int32)

@@ -11,7 +11,7 @@ from jax import lax
 
 from kernels import dispatch
 from kernels.chunks import compute_dtype
-from kernels.select_blocks.form import Form, phase_major
+from kernels.select_blocks.form import Form, best, phase_major, rank
 
 STRETCHES = 8  # of time: the queries of each meet the same keys
 MIN_QUERIES = 16
@@ -69,13 +69,11 @@ def _select(
 
     p, _ = lax.scan(add, jnp.zeros((batch, groups, phases * blocks, size), q.dtype), q)  # over a group's heads
     p = p.reshape(batch, groups, phases, blocks, size)
-    score = sum(
-        weight * jnp.pad(p[:, :, phase, : blocks - shift], ((0, 0), (0, 0), (shift, 0), (0, 0)))
-        for shift, phase, weight in form.shares()
-        if shift < blocks
-    )
-    rank = form.rank(score, block[:, None], time, begins)
-    most = min(form.selected, blocks)
-    best, ids = lax.top_k(rank.transpose(0, 3, 1, 2), most)
-    ids = jnp.where(best > -jnp.inf, ids, -1)
-    return jnp.pad(ids, ((0, 0), (0, 0), (0, 0), (0, form.selected - most)), constant_values=-1)
+    score = jnp.zeros((batch, groups, blocks, size), q.dtype)
+    for shift, place, weight in form.shares():
+        if shift < blocks:
+            moved = p[:, :, place, : blocks - shift]
+            score += weight * jnp.pad(moved, ((0, 0), (0, 0), (shift, 0), (0, 0)))
+    forced = {"block_size": form.block_size, "initial": form.initial, "local": form.local}
+    ranked = rank(score, block[:, None], time, begins, **forced)
+    return best(ranked.transpose(0, 3, 1, 2), form.selected)
