@@ -11,7 +11,7 @@ from kernels.checks import check_floating, check_segment_ids, check_shape
 from kernels.chunks import compute_dtype
 from kernels.packing import begins
 from kernels.select_blocks import reference, xla
-from kernels.select_blocks.form import Form, ascending, filled
+from kernels.select_blocks.form import Form, ascending, compressed_blocks, filled
 
 
 def select_blocks(
@@ -77,10 +77,9 @@ def select_blocks(
         )
     scale = sizes["K"] ** -0.5 if scale is None else float(scale)
     form = Form(scale, block_size, stride, compression_block, selected_blocks, initial, local)
-    if sizes["N"] != form.compressed(sizes["T"]):
-        raise ValueError(
-            f"{op}: k_compressed: got N={sizes['N']}, wanted {form.compressed(sizes['T'])} for T={sizes['T']}"
-        )
+    wanted = compressed_blocks(sizes["T"], compression_block, stride)
+    if sizes["N"] != wanted:
+        raise ValueError(f"{op}: k_compressed: got N={sizes['N']}, wanted {wanted} for T={sizes['T']}")
     refusal = "is not written yet"
     dispatch.check_implementation(op, implementation, refusal)
 

@@ -30,10 +30,6 @@ class Form:
     def blocks(self, time: int) -> int:
         return -(-time // self.block_size)
 
-    def compressed(self, time: int) -> int:
-        """How many whole compressed blocks `time` tokens hold."""
-        return max((time - self.compression_block) // self.stride + 1, 0)
-
     def shares(self) -> list[tuple[int, int, int]]:
         """(shift, phase, weight): block j's score holds weight times the probability of that phase in block j - shift.
 
@@ -51,6 +47,11 @@ class Form:
         """Whether a compressed block has ended by the query's time and lies in its segment; integers that broadcast."""
         start = compressed * self.stride
         return (start + self.compression_block <= time + 1) & (start >= begins)
+
+
+def compressed_blocks(time: int, block_size: int, stride: int) -> int:
+    """How many whole blocks of tokens, one every stride, `time` tokens hold."""
+    return max((time - block_size) // stride + 1, 0)
 
 
 def phase_major(form: Form, k_compressed: jax.Array, blocks: int) -> jax.Array:
