@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.checks import check_shape
-from kernels.chunks import compute_dtype
 from kernels.decoding import (
     attend,
     block_times,
@@ -165,9 +164,7 @@ def native_sparse_attention_step(
 
     compressed = lax.cond(jnp.any(ends), added, lambda: cache.compressed)
     now, begin = time[:, None], jnp.zeros_like(time[:, None])
-    dtype, _ = compute_dtype(q, compressed[0])
-    query, keys_compressed = q[:, None].astype(dtype), compressed[0].astype(dtype)
-    ids = select_blocks(form, query, keys_compressed, now, begin, capacity // block_size)[:, 0]
+    ids = select_blocks(form, q[:, None], compressed[0], now, begin, capacity // block_size)[:, 0]
     ended = form.visible(jnp.arange(compressed[0].shape[1]), now, begin)
     tokens = (gather_blocks(x, ids, block_size) for x in selected)
     held = ring_times(time + 1, window) >= 0

@@ -8,7 +8,6 @@ from jax import lax
 
 from kernels import dispatch
 from kernels.checks import check_floating, check_segment_ids, check_shape
-from kernels.chunks import compute_dtype
 from kernels.packing import begins
 from kernels.select_blocks import reference, xla
 from kernels.select_blocks.form import Form, ascending, compressed_blocks, filled
@@ -88,11 +87,8 @@ def select_blocks(
     if q.size == 0:
         ids = jnp.full((*q.shape[:2], sizes["G"], selected_blocks), -1)
     elif implementation == "reference":
-        dtype, _ = compute_dtype(q, k_compressed)
         time = jnp.arange(sizes["T"])[None]
-        ids = reference.select_blocks(
-            form, q.astype(dtype), k_compressed.astype(dtype), time, begun, form.blocks(sizes["T"])
-        )
+        ids = reference.select_blocks(form, q, k_compressed, time, begun, form.blocks(sizes["T"]))
     else:
         select = partial(xla.select_blocks, form)
         ids = dispatch.run(implementation, refusal, select, select, q, k_compressed, begun)

@@ -3,20 +3,22 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.chunks import compute_dtype
 from kernels.select_blocks.form import Form, rank
 
 
 def select_blocks(
     form: Form, q: jax.Array, k_compressed: jax.Array, time: jax.Array, begins: jax.Array, blocks: int
 ) -> jax.Array:
-    """Canonical arguments in the dtype to compute in → the best blocks first [B, T, G, at most n] int32, -1 for none.
+    """Canonical arguments → the best blocks first [B, T, G, at most n] int32, -1 for none.
 
     `time` [B or 1, T] is that of each query, `blocks` how many there are to choose from.
     """
+    dtype, _ = compute_dtype(q, k_compressed)
     batch, queries, _, width = q.shape
     compressed, groups = k_compressed.shape[1:3]
-    q = q.reshape(batch, queries, groups, -1, width)
-    s = form.scale * jnp.einsum("btghk,bngk->btghn", q, k_compressed, precision="highest")
+    q = q.astype(dtype).reshape(batch, queries, groups, -1, width)
+    s = form.scale * jnp.einsum("btghk,bngk->btghn", q, k_compressed.astype(dtype), precision="highest")
     time, begins = time[:, :, None, None], begins[:, :, None, None]
     visible = form.visible(jnp.arange(compressed), time, begins)[:, :, None]
     largest = jnp.max(s, axis=-1, keepdims=True, where=visible, initial=jnp.finfo(s.dtype).min)
