@@ -26,10 +26,10 @@ class Routes:
     query: jax.Array
     """[S, m] int32: the query in each slot, counted from the start of the stretch; s in empty slots."""
     slot: jax.Array
-    """[s, n] int32: the slot of each choice among S × m. The last slot of all is empty: that of a choice of nothing,
-    or of a block once more."""
+    """[s, n] int32: the slot of each choice among S × m; that of a choice of nothing, or of a block once more, is the
+    first one of the first tile that is not live."""
     live: jax.Array
-    """[] int32: how many tiles hold a query; they come first."""
+    """[] int32: how many tiles hold a query, fewer than S; they come first."""
 
 
 def route(blocks: jax.Array, count: int, slots: int, multiple: int = 1) -> Routes:
@@ -59,7 +59,7 @@ def route(blocks: jax.Array, count: int, slots: int, multiple: int = 1) -> Route
     tile_query = jnp.where(held < end[tile_block, None], tile_query, queries)
 
     slot = first_tile[block] * slots + place - start[block]
-    slot = jnp.where(again | (block == count), tiles * slots - 1, slot)
+    slot = jnp.where(again | (block == count), live * slots, slot)
     slot = jnp.zeros_like(slot).at[choice].set(slot, unique_indices=True)
     return Routes(tile_block, tile_query, slot.reshape(queries, choices), live)
 

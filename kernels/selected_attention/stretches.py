@@ -16,8 +16,9 @@ from kernels.chunks import compute_dtype
 from kernels.selected_attention.form import Form
 from kernels.selected_attention.routing import Routes, route
 
+SLOTS = 16  # divides those of a tile: rows of half precision come by sixteen on a TPU
 MIN_QUERIES = 1024  # of a stretch
-MIN_BLOCK, MAX_BLOCK = 64, 512  # tokens; larger blocks are cut into several choices
+MIN_BLOCK, MAX_BLOCK = 64, 512  # tokens
 
 
 @jax.tree_util.register_dataclass
@@ -85,11 +86,19 @@ class Cut:
         return jnp.moveaxis(x, 1, 2)
 
 
+def block_size(size: int) -> int:
+    """What blocks of `size` tokens are worked on in: large ones are several of MIN_BLOCK to MAX_BLOCK tokens, where
+    such a size divides them."""
+    if size <= MAX_BLOCK:
+        return size
+    return next((part for part in range(MAX_BLOCK, MIN_BLOCK - 1, -1) if size % part == 0), size)
+
+
 def cut(form: Form, rows: int, q: jax.Array, blocks: jax.Array) -> Cut:
-    """For tiles of so many rows: queries × heads of a group."""
+    """For tiles of about so many rows: queries × heads of a group."""
     batch, time, heads, _ = q.shape
     groups, choices = blocks.shape[2:]
-    slots = max(rows * groups // heads, 1)
+    slots = max(rows * groups // heads // SLOTS, 1) * SLOTS
     count = -(-time // form.block_size)
     queries = max(2 * slots * count // choices, MIN_QUERIES)
     return Cut(batch, time, groups, count, form.block_size, slots, max(time // queries, 1))
@@ -111,7 +120,8 @@ def forward(
 
     Args:
       tiles: (form, routes, queries, k [N + 1, block_size, K], v) → of every slot of a stretch, out [S × m, g, V] and
-        log_normalizer [S × m, g] of its block alone: 0 and -inf where it sees nothing.
+        log_normalizer [S × m, g] of its block alone: 0 and -inf where it sees nothing. What is returned of tiles that
+        are not live is never used, but for the first of them.
       rows: of a tile, queries × heads of a group.
       multiple: divides the number of tiles of a stretch.
     """
@@ -178,10 +188,8 @@ def backward(
 
 
 def _chosen(form: Form, blocks: jax.Array, first: jax.Array, last: jax.Array) -> tuple[Form, jax.Array]:
-    """Large blocks as several of MIN_BLOCK to MAX_BLOCK tokens, where such a size divides them; and -1 for those of
-    which a query sees nothing."""
-    divisors = (size for size in range(MAX_BLOCK, MIN_BLOCK - 1, -1) if form.block_size % size == 0)
-    size = form.block_size if form.block_size <= MAX_BLOCK else next(divisors, form.block_size)
+    """With large blocks as several (`block_size`), and -1 for those of which a query sees nothing."""
+    size = block_size(form.block_size)
     parts = form.block_size // size
     blocks = (blocks[..., None] * parts + jnp.arange(parts)).reshape(*blocks.shape[:3], -1)
     seen = (blocks >= 0) & (blocks * size <= last[..., None, None]) & ((blocks + 1) * size > first[..., None, None])
