@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernel_cases import LOWEST, Arrays, Case, Mode, draw
-from zoo.errors import ZooError
+from benchmarks.kernel_cases import Arrays, Case, Mode, draw
 
 BOUNDS = {"float32": (1e-4, 2e-3), "bfloat16": (5e-3, 2e-2)}
-"""Largest RMS(error) / RMS(float64 reference) of values and of gradients."""
-TOKAMAX = "tokamax==0.0.17"
+"""Largest RMS(error) / RMS(float64 reference), or share of wrong whole numbers, of values and of gradients."""
 
 
 def unchanged(arrays: Arrays) -> Arrays:
@@ -49,118 +46,16 @@ class Contender:
 
 def implementation(case: Case, name: str | None, label: str = "") -> Contender:
     """The operation in one of its implementations."""
+    operation = case.family.operation
     return Contender(
-        label or str(name), _operation(case, name), _operation(case, "reference"), tuple(case.shapes()), case.op
+        label or str(name), operation(case, name), operation(case, "reference"), tuple(case.shapes()), case.op
     )
 
 
 def one_step(case: Case) -> Contender:
-    """The operation's one-step form; its definition is the operation on one token."""
-    shapes = case.shapes(step=True)
-    step = getattr(importlib.import_module(f"kernels.{case.op}"), f"{case.op}_step")
-    timed = set(case.shapes()) - {name for name, shape in case.shapes().items() if shape == shapes[name]}
-    whole = _operation(case, "reference")
-
-    def call(arrays: Arrays) -> Arrays:
-        rest = {name: array for name, array in arrays.items() if name != "initial_state"}
-        out, state = step(**rest, state=arrays["initial_state"])
-        return {"out": out, "final_state": state}
-
-    def definition(arrays: Arrays) -> Arrays:
-        results = whole({name: array[:, None] if name in timed else array for name, array in arrays.items()})
-        return {**results, "out": results["out"][:, 0]}
-
-    return Contender("step", call, definition, tuple(shapes), case.op)
-
-
-def softmax_attention(case: Case) -> Contender:
-    """`jax.nn.dot_product_attention` on the same q, k and v, without any gate or state."""
-    if case.op != "linear_attention":
-        raise ZooError(f"--against dot_product_attention: serves linear_attention, got --op {case.op}")
-    s = case.sizes
-    if s["K"] != s["V"] or "G" in s:
-        raise ZooError(f"--against dot_product_attention: wanted as wide values as keys, and no G, got {case}")
-
-    def call(arrays: Arrays) -> Arrays:
-        return {"out": jax.nn.dot_product_attention(arrays["q"], arrays["k"], arrays["v"], is_causal=case.causal)}
-
-    def definition(arrays: Arrays) -> Arrays:
-        scores = jnp.einsum("bthk,bshk->bhts", arrays["q"], arrays["k"]) * s["K"] ** -0.5
-        if case.causal:
-            scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
-        return {"out": jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores), arrays["v"])}
-
-    name = "dot_product_attention"
-    return Contender(name, call, definition, ("q", "k", "v"), name, "softmax, no gate, no state")
-
-
-def tokamax(case: Case) -> Contender:
-    """tokamax's KDA in its chunked XLA form, which takes gates before their activation and heads first."""
-    if case.op != "delta_rule" or case.gate != "channel" or "G" in case.sizes:
-        raise ZooError(
-            "--against tokamax: its only chunked XLA form is KDA: wanted --op delta_rule --gate channel without G, "
-            f"got --op {case.op} --gate {case.gate} and {case}"
-        )
-    try:
-        kda = importlib.import_module("tokamax._src.ops.kda.api").kimi_delta_attention
-    except ModuleNotFoundError as missing:
-        raise ZooError(
-            f"--against tokamax: {missing.name} is not installed; pip install {TOKAMAX} (Python 3.12)"
-        ) from None
-
-    def call(arrays: Arrays) -> Arrays:
-        out, state = kda(
-            arrays["q"],
-            arrays["k"],
-            arrays["v"],
-            arrays["gate"],
-            arrays["beta"],
-            a_log=jnp.zeros(case.sizes["H"]),
-            initial_state=arrays["initial_state"],
-            output_final_state=True,
-            use_gate_in_kernel=True,
-            lower_bound=LOWEST,
-            implementation="xla_chunked",
-        )
-        return {"out": out, "final_state": state}
-
-    def relaid(order: Sequence[int], heads_first: bool) -> Callable[[Arrays], Arrays]:
-        def relay(arrays: Arrays) -> Arrays:
-            return {
-                name: (array[:, None] if heads_first else array[:, 0])
-                if name.endswith("_state")
-                else jnp.transpose(array, (*order, *range(3, array.ndim)))
-                for name, array in arrays.items()
-            }
-
-        return relay
-
-    return Contender(
-        "tokamax",
-        call,
-        _operation(case, "reference"),
-        tuple(case.shapes()),
-        case.op,
-        f"{TOKAMAX} KDA, xla_chunked, chunks of 64, gates {LOWEST:g}·sigmoid inside",
-        relaid((2, 0, 1), heads_first=True),
-        relaid((1, 2, 0), heads_first=False),
-    )
-
-
-def _operation(case: Case, name: str | None) -> Callable[[Arrays], Arrays]:
-    op = getattr(importlib.import_module(f"kernels.{case.op}"), case.op)
-    options: dict[str, Any] = {"implementation": name}
-    if not case.causal:
-        options["causal"] = False
-
-    def call(arrays: Arrays) -> Arrays:
-        arrays = dict(arrays)
-        if "gate" in arrays:
-            arrays["log_decay"] = LOWEST * jax.nn.sigmoid(arrays.pop("gate"))
-        out, final_state = op(**arrays, **options)
-        return {"out": out, "final_state": final_state}
-
-    return call
+    """The operation's one-step form."""
+    call, definition, inward = case.family.step(case)
+    return Contender("step", call, definition, tuple(case.shapes(step=True)), case.op, inward=inward)
 
 
 def program(call: Callable[[Arrays], Arrays], mode: Mode) -> Callable[..., Arrays]:
@@ -169,7 +64,9 @@ def program(call: Callable[[Arrays], Arrays], mode: Mode) -> Callable[..., Array
         return call
 
     def both(arrays: Arrays, cotangents: Arrays) -> Arrays:
-        results, pull = jax.vjp(call, arrays)
+        chosen = {name: array for name, array in arrays.items() if not jnp.issubdtype(array.dtype, jnp.floating)}
+        moving = {name: array for name, array in arrays.items() if name not in chosen}
+        results, pull = jax.vjp(lambda moving: call(moving | chosen), moving)
         (gradients,) = pull(cotangents)
         return {**results, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
 
@@ -179,10 +76,10 @@ def program(call: Callable[[Arrays], Arrays], mode: Mode) -> Callable[..., Array
 def inputs(contender: Contender, case: Case, mode: Mode) -> tuple[Arrays, ...]:
     """Random arguments of the contender's program, in the public layout."""
     shapes = case.shapes(step=mode == "step")
-    arrays = {name: array for name, array in draw(shapes).items() if name in contender.takes}
+    arrays = {name: array for name, array in draw(case, shapes).items() if name in contender.takes}
     if mode != "forward_backward":
         return (arrays,)
-    return arrays, draw(jax.eval_shape(contender.definition, arrays), seed=1)
+    return arrays, draw(case, jax.eval_shape(contender.definition, arrays), seed=1)
 
 
 def check(contender: Contender, case: Case, mode: Mode) -> dict[str, float]:
@@ -190,7 +87,7 @@ def check(contender: Contender, case: Case, mode: Mode) -> dict[str, float]:
     arguments = inputs(contender, case.small(), mode)
     got = contender.outward(run_exactly(program(contender.call, mode), *map(contender.inward, arguments)))
     with jax.enable_x64(True):
-        exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments)
+        exact = jax.tree.map(_in_float64, arguments)
         wanted = jax.jit(program(contender.definition, mode))(*exact)
     return {name: _relative_error(np.asarray(got[name], np.float64), np.asarray(wanted[name])) for name in wanted}
 
@@ -215,5 +112,12 @@ def lowered(function: Callable[..., Any], *arguments: Any) -> Any:
         return jax.jit(function).lower(*arguments)
 
 
+def _in_float64(x: jax.Array) -> jax.Array:
+    return jnp.asarray(np.asarray(x), jnp.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+
+
 def _relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """RMS(got - wanted) / RMS(wanted); of whole numbers the share that differs."""
+    if np.issubdtype(wanted.dtype, np.integer):
+        return float(np.mean(got != wanted))
     return float(np.sqrt(np.mean((got - wanted) ** 2)) / (np.sqrt(np.mean(wanted**2)) + 1e-8))

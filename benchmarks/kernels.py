@@ -4,28 +4,30 @@
     python benchmarks/kernels.py --op linear_attention --shape B1,T1024,H4,K64,V64 \\
         --against dot_product_attention --sweep-t 512,1024,2048,4096,8192,16384
     python benchmarks/kernels.py --op delta_rule --gate channel --target v5e
+    python benchmarks/kernels.py --op native_sparse_attention --shape B1,T16384,H4,K64,V64 \\
+        --against dot_product_attention
+    python benchmarks/kernels.py --op sparse_attention --mask window --window 512 --against pieces
+    python benchmarks/kernels.py --op nearest_code --against argmin
 
 Every contender is first compared with the float64 definition at a cut-down size, in values and gradients; one that
 fails shows its errors, no speed, and the exit code is 1. The rest take turns in one run, so that their ratios mean
-something on a noisy machine. Rates are the work counted for the chunked form (`kernel_cases.counts`) over the time.
+something on a noisy machine. Rates are the work counted (`kernel_cases.counts`: of the chunked form of a recurrence, of
+the keys that are seen in attention) over the time.
 With --target nothing is timed: the programs are compiled ahead for that TPU.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,25 +36,17 @@ import jax
 # Before this file's own folder, in which `kernels` would be this file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import aot, kernel_contenders
-from benchmarks.kernel_cases import (
-    DEFAULTS,
-    LETTERS,
-    QUICK,
-    Case,
-    Dtype,
-    Gate,
-    Mode,
-    Op,
-    counts,
-    parse_shape,
-)
+from benchmarks import aot, kernel_contenders, recurrences
+from benchmarks.kernel_cases import FAMILIES, Case, Dtype, Gate, Mask, Mode, Op, counts, parse_shape
 from benchmarks.kernel_contenders import Contender, check, failures, inputs, lowered, program
+from benchmarks.kernel_peers import PEERS
+from benchmarks.kernel_tables import Report, Row, as_json, show
 from zoo.errors import ZooError
 from zoo.terminal import parse
 
 Target = Literal["v4", "v5e", "v5p", "v6e", "7x"]
 Implementation = Literal["xla", "pallas", "reference"]
+Peer = Literal["dot_product_attention", "pieces", "argmin", "tokamax", "reference"]
 CANNOT_RUN = (NotImplementedError, jax.errors.JaxRuntimeError)
 """Not for these arguments or this machine, or not enough memory."""
 WARM_UP = 2
@@ -71,6 +65,14 @@ class Options:
         implementation: which are run, otherwise xla, or pallas with --target
         against: what they are compared with
         causal: whether linear_attention looks only back
+        mask: of sparse_attention: window and symmetric_window of --window tokens, segments of --window tokens, strided
+            (every --window tokens), longformer (symmetric window and tokens that see all), blocks of --block-size
+        window: tokens of the window
+        block_size: tokens of a block that is chosen
+        stride: of native sparse attention's compressed blocks, which are twice as long
+        chosen: blocks a query chooses
+        density: share of the blocks that --mask blocks has on
+        metric: of nearest_code
         quick: two small shapes instead of the default ones
         sweep_t: replaces T by each of these, such as 512,1024, and says where the first contender overtakes
         repeats: timed turns of each contender
@@ -84,37 +86,20 @@ class Options:
     dtype: Dtype | None = None
     mode: tuple[Mode, ...] = ()
     implementation: tuple[Implementation, ...] = ()
-    against: tuple[Literal["dot_product_attention", "tokamax", "reference"], ...] = ()
+    against: tuple[Peer, ...] = ()
     causal: bool = True
+    mask: Mask = "window"
+    window: int = 512
+    block_size: int = 64
+    stride: int = 16
+    chosen: int = 16
+    density: float = 0.25
+    metric: Literal["l2", "cosine"] = "l2"
     quick: bool = False
     sweep_t: str = ""
     repeats: int = 20
     json: Path | None = None
     target: Target | None = None
-
-
-@dataclass
-class Row:
-    """One contender on one shape; times in seconds, memory in bytes, `problem` where there is no speed and why."""
-
-    shape: str
-    time: int
-    gate: str
-    dtype: str
-    mode: str
-    contender: str
-    note: str = ""
-    problem: str = ""
-    errors: dict[str, float] = field(default_factory=dict)
-    failed: bool = False
-    quartiles: list[float] = field(default_factory=list)
-    ratio: float | None = None
-    flops_per_second: float | None = None
-    bytes_per_second: float | None = None
-    compile_seconds: float | None = None
-    temporary_bytes: int | None = None
-    temporary_ratio: float | None = None
-    kernels: list[aot.Kernel] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,22 +128,30 @@ def run(options: Options) -> int:
             rows += [row for each in of_mode for row in each]
             if options.sweep_t:
                 overtakings += [f"{mode}: {line}" for line in find_overtakings(of_mode)]
-    show(rows, overtakings, options)
+    report = Report(options.op, describe_device(options), bool(options.target), rows, overtakings)
+    show(report)
     if options.json:
-        options.json.write_text(json.dumps(report(rows, overtakings, options), indent=1, allow_nan=False) + "\n")
+        options.json.write_text(json.dumps(as_json(report), indent=1, allow_nan=False) + "\n")
     return int(any(row.failed for row in rows))
 
 
 def modes(options: Options) -> tuple[Mode, ...]:
-    return options.mode or ("forward", "forward_backward")
+    """Those asked for, or forward and backward where there is one."""
+    possible = FAMILIES[options.op].MODES[options.op]
+    for mode in options.mode:
+        if mode not in possible:
+            raise ZooError(f"--mode {mode}: {options.op} has {', '.join(possible)}")
+    return options.mode or tuple(mode for mode in possible if mode != "step")
 
 
 def read_cases(options: Options) -> Iterable[Case]:
     """The shapes asked for, or the default ones; ZooError for options that do not go together."""
-    op, attention = options.op, "H" in LETTERS[options.op]
-    gate: Gate = options.gate or ("none" if attention else "channel")
-    if not attention and gate != "channel":
+    op, family = options.op, FAMILIES[options.op]
+    gate: Gate = options.gate or ("channel" if op in ("linear_scan", "selective_scan") else "none")
+    if gate != "channel" and op in ("linear_scan", "selective_scan"):
         raise ZooError(f"--gate: {op} has a decay a channel, got {gate}")
+    if gate != "none" and family is not recurrences:
+        raise ZooError(f"--gate: {op} has no decay, got {gate}")
     if not options.causal and op != "linear_attention":
         raise ZooError(f"--no-causal: only linear_attention has a bidirectional form, got --op {op}")
     if options.quick and options.shape:
@@ -174,11 +167,24 @@ def read_cases(options: Options) -> Iterable[Case]:
     if options.sweep_t and (len(options.shape) != 1 or not set(options.against) | set(options.implementation[1:])):
         raise ZooError("--sweep-t: wanted one --shape, and two contenders, such as --against dot_product_attention")
     given = [(shape, options.dtype or "float32") for shape in options.shape]
-    for shape, dtype in given or (QUICK if options.quick else DEFAULTS)[op]:
+    for shape, dtype in given or (family.QUICK if options.quick else family.DEFAULTS)[op]:
         sizes = parse_shape(op, shape)
-        for time_ in read_times(options.sweep_t) or [sizes["T"]]:
-            bounded = "tokamax" in options.against
-            yield Case(op, sizes | {"T": time_}, gate, options.dtype or dtype, options.causal, bounded)  # type: ignore[arg-type]
+        for time_ in read_times(options.sweep_t) or (None,):
+            yield Case(
+                op=op,
+                sizes=sizes if time_ is None else sizes | {"T": time_},
+                gate=gate,
+                dtype=options.dtype or dtype,
+                causal=options.causal,
+                bounded="tokamax" in options.against,
+                mask=options.mask,
+                window=options.window,
+                block_size=options.block_size,
+                stride=options.stride,
+                chosen=options.chosen,
+                density=options.density,
+                metric=options.metric,
+            )
 
 
 def read_times(text: str) -> list[int]:
@@ -192,20 +198,23 @@ def contenders(case: Case, mode: Mode, options: Options) -> list[Contender]:
     """Those asked for, what they are compared with last."""
     if mode == "step":
         return [kernel_contenders.one_step(case)]
-    makers = {
-        "dot_product_attention": kernel_contenders.softmax_attention,
-        "tokamax": kernel_contenders.tokamax,
-        "reference": lambda case: kernel_contenders.implementation(case, "reference"),
-    }
     chosen = [kernel_contenders.implementation(case, name) for name in options.implementation or ("xla",)]
-    return chosen + [makers[name](case) for name in options.against if name not in options.implementation]
+    return chosen + [PEERS[name](case) for name in options.against if name not in options.implementation]
 
 
 def measure(case: Case, mode: Mode, compared: Sequence[Contender], repeats: int) -> list[Row]:
     """One row a contender: checked, compiled, then timed by turns."""
     rows, ready = [], []
     for contender in compared:
-        row = Row(str(case), case.sizes["T"], case.gate, case.dtype, mode, contender.name, contender.note)
+        row = Row(
+            str(case),
+            case.length,
+            case.variant,
+            case.dtype,
+            mode,
+            contender.name,
+            contender.note,
+        )
         rows.append(row)
         try:
             row.errors = check(contender, case, mode)
@@ -302,7 +311,7 @@ def compile_case(case: Case, options: Options, dump: Path) -> list[Row]:
                 contender = kernel_contenders.one_step(case)
             else:
                 contender = kernel_contenders.implementation(case, None if name == "pallas" else name, name)
-            row = Row(str(case), case.sizes["T"], case.gate, case.dtype, mode, contender.name)
+            row = Row(str(case), case.length, case.variant, case.dtype, mode, contender.name)
             rows.append(row)
             arrays = case.shapes(step=mode == "step")
             arguments: tuple[Any, ...] = (arrays,)
@@ -320,67 +329,10 @@ def compile_case(case: Case, options: Options, dump: Path) -> list[Row]:
     return rows
 
 
-def show(rows: Sequence[Row], overtakings: Sequence[str], options: Options) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=" ".join(filter(None, (options.op, describe_device(options)))))
-    speed = ("ms", "quartiles", "× first", "GFLOP/s", "GB/s", "temp MB", "temp / in+out")
-    ahead = ("compile s", "temp MB", "kernel", "bundles", "spills", "fills")
-    for heading in ("shape", "gate", "dtype", "mode", "contender", *(ahead if options.target else speed)):
-        table.add_column(heading, justify="left" if heading in ("shape", "contender", "kernel") else "right")
-    for row in rows:
-        head = (row.shape, row.gate, row.dtype, row.mode, row.contender)
-        for cells in ahead_cells(row) if options.target else [speed_cells(row)]:
-            table.add_row(*head, *cells)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    for row in rows:
-        for remark in filter(None, (row.problem, row.note)):
-            console.print(f"{row.shape} {row.mode} {row.contender}: {remark}", soft_wrap=True, highlight=False)
-    for line in overtakings:
-        console.print(line, soft_wrap=True, highlight=False)
-
-
-def speed_cells(row: Row) -> list[str]:
-    memory = ["" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:.4g}"]
-    memory += ["" if row.temporary_ratio is None else f"{row.temporary_ratio:.2f}"]
-    if not row.quartiles:
-        return ["–"] * 5 + memory
-    low, median, high = (1e3 * seconds for seconds in row.quartiles)
-    rates = (f"{(rate or 0) / 1e9:.4g}" for rate in (row.flops_per_second, row.bytes_per_second))
-    return [f"{median:.4g}", f"{low:.4g}–{high:.4g}", f"{row.ratio:.2f}", *rates, *memory]
-
-
-def ahead_cells(row: Row) -> list[list[str]]:
-    """A line for each kernel, or one without."""
-    if row.compile_seconds is None or row.temporary_bytes is None:
-        return [["–"] * 6]
-    whole = [f"{row.compile_seconds:.1f}", f"{row.temporary_bytes / 1e6:.4g}"]
-    lines = [[each.name, str(each.bundles), str(each.spills), str(each.fills)] for each in row.kernels]
-    return [[*whole, *line] for line in lines or [["–"] * 4]]
-
-
 def describe_device(options: Options) -> str:
     if options.target:
         return f"compiled ahead for {options.target}"
     return f"on {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
-
-
-def report(rows: Sequence[Row], overtakings: Sequence[str], options: Options) -> dict[str, Any]:
-    """What is written as JSON; numbers that are not finite become null."""
-    finite = [dataclasses.asdict(row) for row in rows]
-    for row in finite:
-        row["errors"] = {name: error if math.isfinite(error) else None for name, error in row["errors"].items()}
-    return {
-        "date": datetime.date.today().isoformat(),
-        "op": options.op,
-        "device": describe_device(options),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "rows": finite,
-        "overtakings": list(overtakings),
-    }
 
 
 if __name__ == "__main__":

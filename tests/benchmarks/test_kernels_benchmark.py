@@ -11,9 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are scripts, not installed
 
-from benchmarks import aot, kernel_contenders, kernels
-from benchmarks.kernel_cases import DEFAULTS, QUICK, Case, counts, draw, parse_shape
-from benchmarks.kernels import Row, find_overtakings, main, take_turns
+from benchmarks import aot, kernel_contenders, kernel_peers, kernels, sparse
+from benchmarks.kernel_cases import FAMILIES, Case, counts, draw, parse_shape
+from benchmarks.kernel_tables import Row
+from benchmarks.kernels import find_overtakings, main, take_turns
 from zoo.errors import ZooError
 
 WIDE = {"B": 1, "T": 1, "H": 1, "K": 128, "V": 128}
@@ -22,7 +23,9 @@ TINY = {
     "delta_rule": "B1,T70,H2,K8,V8",
     "linear_scan": "B1,T70,D8",
     "selective_scan": "B1,T70,D8,N4",
-}
+    "nearest_code": "N40,D8,M16",
+    "code_statistics": "N40,D8,M16",
+} | dict.fromkeys(sparse.LETTERS, "B1,T70,H2,G1,K8,V8")
 
 
 @pytest.mark.parametrize(
@@ -84,11 +87,24 @@ def test_counts_of_the_scans():
     assert selective.bytes == 80 * 6 + 20 * 2 * 16 * 2  # u, delta, out; B and C once a token
 
 
+def test_counts_of_sparse_attention_are_those_of_the_keys_that_are_seen():
+    sizes = {"B": 1, "T": 65536, "H": 1, "K": 128, "V": 128}
+    case = Case("sparse_attention", sizes, "none", "bfloat16")
+    per_key = 2 * 256 * 65536
+    assert counts(case, "forward", "sparse_attention").flops == 512 * per_key
+    assert counts(case, "forward", "dot_product_attention").flops == 32768 * per_key
+    assert counts(replace(case, mask="segments"), "forward", "pieces").flops == 512 * per_key
+    native = counts(replace(case, op="native_sparse_attention"), "forward", "native_sparse_attention").flops
+    assert native == (2048 + 1024 + 512 + 2048 / 2) * per_key  # scored only: keys, no values
+    step = counts(replace(case, op="native_sparse_attention"), "step", "native_sparse_attention").flops
+    assert step == 2 * 256 * (4096 + 1024 + 512 + 4096 / 2)
+
+
 def test_letters_of_a_shape_in_any_order():
     assert parse_shape("linear_attention", "V5,K4,H3,T2,B1") == {"B": 1, "T": 2, "H": 3, "K": 4, "V": 5}
     assert parse_shape("delta_rule", "B1,T2,H6,G3,K4,V5")["G"] == 3
-    for op in DEFAULTS:
-        for shape, _ in (*DEFAULTS[op], *QUICK[op]):
+    for op, family in FAMILIES.items():
+        for shape, _ in (*family.DEFAULTS[op], *family.QUICK[op]):
             parse_shape(op, shape)
 
 
@@ -126,6 +142,11 @@ def test_a_wrong_shape_is_one_line(op, shape, message, capsys):
         ("--op delta_rule --quick --against dot_product_attention", "serves linear_attention"),
         ("--op delta_rule --gate scalar --quick --against tokamax", "--gate channel"),
         ("--speed", "unknown option --speed"),
+        ("--op moba --gate head", "--gate: moba has no decay"),
+        ("--op select_blocks --mode forward_backward", "select_blocks has forward"),
+        ("--op sparse_attention --quick --mask causal --against pieces", "--mask window or segments"),
+        ("--op sparse_attention --quick --window 500 --against pieces", "a multiple of --window 500"),
+        ("--op nearest_code --quick --metric cosine --against argmin", "--metric l2"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_line(options, message, capsys):
@@ -143,9 +164,9 @@ def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
     assert main(["--target", "v5e", "--quick"]) == 2
     assert "pip install 'brain-zoo[aot]'" in capsys.readouterr().err
     case = Case("delta_rule", WIDE, "channel", "float32", bounded=True)
-    monkeypatch.setattr(kernel_contenders.importlib, "import_module", missing)
+    monkeypatch.setattr(kernel_peers.importlib, "import_module", missing)
     with pytest.raises(ZooError, match=r"pip install tokamax==0\.0\.17"):
-        kernel_contenders.tokamax(case)
+        kernel_peers.tokamax(case)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +181,17 @@ def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
         ("linear_scan", "--mode step"),
         ("selective_scan", "--mode forward"),
         ("selective_scan", "--mode step"),
+        ("sparse_attention", "--mask segments --window 35 --against pieces dot_product_attention"),
+        ("sparse_attention", "--mask window --window 35 --against pieces --mode forward"),
+        ("sparse_attention", "--mask longformer --window 8 --mode forward"),
+        ("sparse_attention", "--mask blocks --block-size 16 --mode forward step"),
+        ("compressed_attention", "--stride 4 --mode forward"),
+        ("select_blocks", "--stride 4 --block-size 8 --chosen 4"),
+        ("selected_attention", "--block-size 8 --chosen 4 --mode forward_backward"),
+        ("native_sparse_attention", "--stride 4 --block-size 8 --chosen 4 --window 12 --mode forward step"),
+        ("moba", "--block-size 8 --chosen 4 --mode forward step"),
+        ("nearest_code", "--against argmin"),
+        ("code_statistics", "--against reference"),
     ],
 )
 def test_every_mode_measures_and_writes_json(op, options, tmp_path):
@@ -178,7 +210,7 @@ def test_every_mode_measures_and_writes_json(op, options, tmp_path):
         assert row["problem"] == ""
         assert row["flops_per_second"] > 0
         assert row["temporary_bytes"] >= 0
-        assert set(row["errors"]) >= {"out"}
+        assert row["errors"]
         assert ("d_" in "".join(row["errors"])) == (row["mode"] == "forward_backward")
 
 
@@ -287,7 +319,7 @@ def test_a_program_without_kernels_is_not_taken_for_pallas(monkeypatch, tmp_path
 
 def test_gates_come_at_three_strengths_and_only_forget():
     case = Case("linear_attention", {"B": 1, "T": 4096, "H": 3, "K": 2, "V": 2}, "scalar", "float32")
-    decay = draw(case.shapes())["log_decay"]
+    decay = draw(case, case.shapes())["log_decay"]
     assert decay.max() < 0
     strong, middle, weak = decay.mean((0, 1))
     assert strong / middle == pytest.approx(10, rel=0.1)
@@ -350,5 +382,5 @@ def test_only_kernels_are_read_from_the_dump(dump):
 @pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
 def test_tokamax_passes_the_check():
     case = Case("delta_rule", {"B": 1, "T": 128, "H": 2, "K": 64, "V": 64}, "channel", "float32", bounded=True)
-    errors = kernel_contenders.check(kernel_contenders.tokamax(case), case, "forward_backward")
+    errors = kernel_contenders.check(kernel_peers.tokamax(case), case, "forward_backward")
     assert not kernel_contenders.failures(errors, "float32")
