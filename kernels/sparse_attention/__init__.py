@@ -11,7 +11,6 @@ grows with the length, not with its square.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax import lax
 from kernels import dispatch
 from kernels.checks import check_floating, check_shape
 from kernels.chunks import compute_dtype
-from kernels.sparse_attention import reference, xla
+from kernels.sparse_attention import reference, tpu, xla
 from kernels.sparse_attention.form import Form
 from kernels.sparse_attention.mask import (
     Blocks,
@@ -59,6 +58,7 @@ __all__ = [
 ]
 
 SegmentIds = jax.Array | tuple[jax.Array, jax.Array]
+FORMS: tuple[Any, Any] = (xla, tpu)
 
 
 def sparse_attention(
@@ -197,24 +197,23 @@ def _attend_checked(
     listed = heads if any(_map_heads(leaf) == heads for leaf in maps(mask)) else sizes["G"]
     mask = _by_head(op, mask, sizes, time_q, time_k, listed)
     k, v = (jnp.repeat(x, listed // sizes["G"], axis=2) for x in (k, v))
-    refusal = "there is no such form yet"
+    forms = tuple(module.form(scale, mask, q, k, v, segments=q_ids is not None) for module in FORMS)
+    lists = tuple(tiles(form, mask, q_ids, k_ids) for form in forms)
+    refusal = tpu.refusal(forms[1], q, k, v, *lists[1])
     dispatch.check_implementation(op, implementation, refusal)
-    form = xla.form(scale, mask, time_q, time_k, segments=q_ids is not None)
-    lists = tiles(form, mask, q_ids, k_ids)
-    return _attend(_Choice(implementation, refusal, form), q, k, v, q_ids, k_ids, lists)
+    return _attend(_Choice(implementation, refusal, forms), q, k, v, q_ids, k_ids, lists)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Of the forms of the operation; known when a program is traced."""
-
     implementation: str | None
     refusal: str | None
-    xla: Form
+    forms: tuple[Form, ...]
+    """One for each of FORMS, which have their own sizes of tiles, and so their own lists."""
 
     def run(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        by_xla = partial(function, xla, self.xla)
-        return dispatch.run(self.implementation, self.refusal, by_xla, by_xla, *arrays)
+        by_xla, by_tpu = (partial(function, n, self.forms[n]) for n in range(len(FORMS)))
+        return dispatch.run(self.implementation, self.refusal, by_xla, by_tpu, *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -235,34 +234,36 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _outputs(
-    module: ModuleType,
+    n: int,
     form: Form,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     q_ids: jax.Array | None,
     k_ids: jax.Array | None,
-    lists: tuple[Tiles, Tiles],
+    lists: tuple[tuple[Tiles, Tiles], ...],
 ) -> tuple[jax.Array, jax.Array]:
+    """By the n-th of FORMS."""
     arrays = _in_blocks(form, q, k, v, q_ids, k_ids)
-    out, log_normalizer = module.forward(form, *arrays, *lists)
+    out, log_normalizer = FORMS[n].forward(form, *arrays, *lists[n])
     return out[:, : form.time_q], log_normalizer[:, : form.time_q]
 
 
 def _gradients(
-    module: ModuleType,
+    n: int,
     form: Form,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     q_ids: jax.Array | None,
     k_ids: jax.Array | None,
-    lists: tuple[Tiles, Tiles],
+    lists: tuple[tuple[Tiles, Tiles], ...],
     *of_queries: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """By the n-th of FORMS; `of_queries` are out, log_normalizer and the cotangents of both."""
     arrays = _in_blocks(form, q, k, v, q_ids, k_ids)
     of_queries = tuple(_whole_blocks(x, form.block_q) for x in of_queries)
-    d_q, d_k, d_v = module.backward(form, *arrays, *lists, *of_queries)
+    d_q, d_k, d_v = FORMS[n].backward(form, *arrays, *lists[n], *of_queries)
     return d_q[:, : form.time_q], d_k[:, : form.time_k], d_v[:, : form.time_k]
 
 

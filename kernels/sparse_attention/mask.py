@@ -75,9 +75,9 @@ class Mask:
         self.check(op, time_q, time_k)
         check_divides(op, self, block_q, block_k)
         if any(leaf.traced for leaf in maps(self)):
-            raise ValueError(f"{op}: map: got a traced array, wanted one whose values are known")
+            raise ValueError(f"{op}: Blocks: map: got a traced array, wanted one whose values are known")
         some, whole = self.bounds(*grid(time_q, time_k, block_q, block_k))
-        return np.where(whole, 2, np.where(some, 1, 0)).astype(np.uint8)
+        return np.where(some, 1 + whole, 0).astype(np.uint8)
 
     def dense(self, time_q: int, time_k: int) -> Any:
         """[…, time_q, time_k] bool, for people and tests: a NumPy array, or a JAX one where a map is traced.
@@ -99,8 +99,7 @@ class Full(Mask):
         return (t >= 0) & (j >= 0)
 
     def bounds(self, t: tuple[Any, Any], j: tuple[Any, Any]) -> tuple[Any, Any]:
-        everything = self.visible(t[0], j[0])
-        return everything, everything
+        return self.visible(t[0], j[0]), self.visible(t[0], j[0])
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,21 @@ from kernels.sparse_attention.form import Form
 from kernels.sparse_attention.mask import Mask, maps, predicate
 from kernels.sparse_attention.tiles import LIVE, WHOLE, Tiles, allowed
 
-BLOCK_Q, BLOCK_K = 256, 128
-TOGETHER = 768  # keys that a block of queries meets at once
+BLOCK_Q, BLOCK_K = 128, 128
+TOGETHER = 640  # keys that a block of queries meets at once: a window of 512 and what its blocks have beside it
 
 
-def form(scale: float, mask: Mask, time_q: int, time_k: int, segments: bool) -> Form:
-    """The sizes of tiles, within the blocks of the mask's maps."""
+def form(scale: float, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, segments: bool) -> Form:
+    """The sizes of tiles for q [B, Tq, H, K], k [B, Tk, G, K] and v [B, Tk, G, V], not padded."""
+    time_q, time_k = q.shape[1], k.shape[1]
     block_q, block_k = (
         _block(time, most, [leaf.sizes[axis] for leaf in maps(mask)])
         for axis, (time, most) in enumerate(((time_q, BLOCK_Q), (time_k, BLOCK_K)))
     )
     form = Form(scale, predicate(mask), block_q, block_k, time_q, time_k, segments)
-    longest = int(allowed(form, mask).sum(axis=1).max())
-    steps = -(-longest // max(TOGETHER // form.block_k, 1))
-    return dataclasses.replace(form, together=-(-longest // max(steps, 1)) or 1)
+    longest = max(int(allowed(form, mask).sum(axis=1).max()), 1)
+    steps = -(-longest // max(TOGETHER // block_k, 1))
+    return dataclasses.replace(form, together=-(-longest // steps))
 
 
 def _block(time: int, most: int, maps: list[int]) -> int:
@@ -126,6 +127,7 @@ def backward(
     """d_q, d_k, d_v in their arrays' dtypes."""
     dtype, precision = compute_dtype(q, k, v)
     shift = jnp.sum(d_out.astype(dtype) * out, axis=-1) - d_log_normalizer
+    shift = jnp.where(log_normalizer == -jnp.inf, 0, shift)  # its cotangent may be anything where nothing is seen
     parts = _parts(form, q, k, v, q_ids, k_ids, by_query)
     m = parts.q.shape[1]
     of_queries = [_split(x, m, k.shape[2], form.block_q) for x in (d_out, log_normalizer[..., None], shift[..., None])]
