@@ -71,11 +71,10 @@ class Mask:
         Raises:
           ValueError: the mask does not fit the sizes, a block crosses the border of a map's, or a map is traced.
         """
-        op = "block_map"
-        self.check(op, time_q, time_k)
-        check_divides(op, self, block_q, block_k)
+        self.check("block_map", time_q, time_k)
+        check_divides("block_map", self, block_q, block_k)
         if any(leaf.traced for leaf in maps(self)):
-            raise ValueError(f"{op}: Blocks: map: got a traced array, wanted one whose values are known")
+            raise ValueError("block_map: Blocks: map: got a traced array, wanted one whose values are known")
         some, whole = self.bounds(*grid(time_q, time_k, block_q, block_k))
         return np.where(some, 1 + whole, 0).astype(np.uint8)
 
@@ -142,7 +141,7 @@ class Segments(Mask):
     """Neighbouring tokens cut into segments of these lengths, each of which sees itself.
 
     The lengths add up to the number of queries and to that of keys. Where they are all the same (the last may be
-    shorter) a token's segment is a division, otherwise a comparison for every border: for hundreds of unlike segments
+    shorter) a token's segment is one division, otherwise a comparison for every border: for hundreds of unlike ones
     give `segment_ids` to the operation instead.
     """
 
@@ -154,9 +153,10 @@ class Segments(Mask):
             raise ValueError(f"Segments: lengths: got {self.lengths}, wanted one length or more of at least 1 token")
 
     def _segment(self, t: Any) -> Any:
+        """A number that is the same for the tokens of a segment and grows from one to the next."""
         *others, last = self.lengths
         if len(set(others)) <= 1 and last <= max(others, default=last):
-            return t // max(others, default=last)
+            return t - t % max(others, default=last)  # its first token; in TPU kernels there is no // but %
         segment = t * 0
         for border in np.cumsum(others).tolist():
             segment += (t >= border).astype(segment.dtype)
