@@ -30,7 +30,7 @@ from kernels.tiles import dot
 
 LANES = 128
 LOWEST = -1e30  # below every score, and finite: differences from it are numbers
-BLOCKS = (512, 256, 128, 64, 32, 16)
+BLOCKS = ((512, 512), (256, 256), (128, 128), (64, 128), (32, 128), (16, 128))  # of queries and of keys
 BLOCK_BYTES = 2**20  # of the queries of a group's heads; the kernels hold up to eight such blocks, of 16 MiB
 MAX_TILES = 84_000  # of a list: 12 bytes each in 1 MiB of scalar memory
 STEP_PARTS = 3  # what a step of the grid costs of itself (about 0.35 µs), in parts of 128 × 128
@@ -43,10 +43,9 @@ def form(scale: float, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, seg
     """
     group = q.shape[2] // k.shape[2]
 
-    def sized(most: int) -> Form:
+    def sized(most: tuple[int, int]) -> Form:
         block_q, block_k = (
-            _block(x.shape[1], most, [leaf.sizes[axis] for leaf in maps(mask)])
-            for axis, (x, most) in enumerate(((q, most), (k, max(most, LANES))))
+            _block(x.shape[1], most[axis], [leaf.sizes[axis] for leaf in maps(mask)]) for axis, x in enumerate((q, k))
         )
         return Form(scale, predicate(mask), block_q, block_k, q.shape[1], k.shape[1], segments)
 
@@ -118,6 +117,16 @@ def _part(size: int, most: int) -> int:
     return next((n for n in (most, LANES) if size % n == 0), size)
 
 
+def _for_parts(size: int, most: int, work: Callable[[Any], None], together: int = 1) -> None:
+    """Calls `work` for every part of `size`, `together` of them scheduled as one."""
+    length = _part(size, most)
+
+    def part(n: Any, _: None) -> None:
+        work(pl.ds(pl.multiple_of(n * length, length), length))
+
+    lax.fori_loop(0, size // length, part, None, unroll=min(together, size // length))
+
+
 @dataclass(frozen=True)
 class Step:
     """A step of the grid: a tile, and whether it is the first or last one of its block in the list."""
@@ -133,23 +142,17 @@ class Step:
     def parts(self, work: Callable[[bool, Any, Any], None], lanes: int, keys: int, queries: int, together: int) -> None:
         """Calls `work(masked, keys, queries)` for every part of a live tile, of so many keys and queries if they fit.
 
-        `together` parts with the same keys are scheduled as one.
+        `together` parts with the same keys are scheduled as one, but where ids are compared, which takes registers.
         """
-        height, width = _part(self.form.block_k, keys), _part(lanes, queries)
-
-        def row(masked: bool, i: Any, _: None) -> None:
-            keys = pl.ds(pl.multiple_of(i * height, height), height)
-
-            def part(n: Any, _: None) -> None:
-                work(masked, keys, pl.ds(pl.multiple_of(n * width, width), width))
-
-            lax.fori_loop(0, lanes // width, part, None, unroll=min(together, lanes // width))
-
         for masked in (False, True):
+            at_once = 1 if masked and self.form.segments else together
+
+            def row(keys: Any, masked: bool = masked, at_once: int = at_once) -> None:
+                _for_parts(lanes, queries, partial(work, masked, keys), at_once)
 
             @pl.when((self.bits & (LIVE | WHOLE)) == (LIVE if masked else LIVE | WHOLE))
-            def _(masked: bool = masked) -> None:
-                lax.fori_loop(0, self.form.block_k // height, partial(row, masked), None)
+            def _(row: Callable[[Any], None] = row) -> None:
+                _for_parts(self.form.block_k, keys, row)
 
     def scores(self, masked: bool, keys: Any, queries: Any, q: Any, k: Any, q_ids: Any, k_ids: Any) -> jax.Array:
         """[keys, queries], -inf where nothing is to be seen."""
@@ -170,11 +173,14 @@ def _forward_kernel(step: Step, *refs: Any) -> None:
     """q [K, L], k [block, K], v [V, block], ids [1, L] and [1, block] → out [V, L], log_normalizer [1, L]."""
     q, k, v, q_ids, k_ids, out, log_normalizer, highest, total, sums = refs
 
+    def begin(queries: Any) -> None:
+        highest[:, queries] = jnp.full((1, queries.size), LOWEST)
+        total[:, queries] = jnp.zeros((1, queries.size))
+        sums[:, queries] = jnp.zeros((sums.shape[0], queries.size))
+
     @pl.when(step.begins)
     def _() -> None:
-        highest[...] = jnp.full_like(highest, LOWEST)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        _for_parts(q.shape[1], LANES, begin)
 
     def attend(masked: bool, keys: Any, queries: Any) -> None:
         scores = step.scores(masked, keys, queries, q, k, q_ids, k_ids)
@@ -187,11 +193,14 @@ def _forward_kernel(step: Step, *refs: Any) -> None:
 
     step.parts(attend, q.shape[1], keys=LANES, queries=LANES, together=2)
 
+    def finish(queries: Any) -> None:
+        weight = total[:, queries]
+        out[:, queries] = (sums[:, queries] / jnp.where(weight > 0, weight, 1.0)).astype(out.dtype)
+        log_normalizer[:, queries] = jnp.where(weight > 0, highest[:, queries] + jnp.log(weight), -jnp.inf)
+
     @pl.when(step.ends)
     def _() -> None:
-        seen = total[...] > 0
-        out[...] = (sums[...] / jnp.where(seen, total[...], 1.0)).astype(out.dtype)
-        log_normalizer[...] = jnp.where(seen, highest[...] + jnp.log(total[...]), -jnp.inf)
+        _for_parts(q.shape[1], LANES, finish)
 
 
 def _d_scores(step: Step, masked: bool, keys: Any, queries: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
@@ -208,9 +217,12 @@ def _d_queries_kernel(step: Step, *refs: Any) -> None:
     """q [K, L], k [block, K], v [block, V], ids, d_out [V, L], statistics [2, L], k again [K, block] → d_q [K, L]."""
     *inputs, k_columns, d_q, sums = refs
 
+    def begin(queries: Any) -> None:
+        sums[:, queries] = jnp.zeros((sums.shape[0], queries.size))
+
     @pl.when(step.begins)
     def _() -> None:
-        sums[...] = jnp.zeros_like(sums)
+        _for_parts(sums.shape[1], LANES, begin)
 
     def pull(masked: bool, keys: Any, queries: Any) -> None:
         _, d_scores = _d_scores(step, masked, keys, queries, inputs)
@@ -218,9 +230,12 @@ def _d_queries_kernel(step: Step, *refs: Any) -> None:
 
     step.parts(pull, sums.shape[1], keys=2 * LANES, queries=LANES, together=1)
 
+    def finish(queries: Any) -> None:
+        d_q[:, queries] = (step.form.scale * sums[:, queries]).astype(d_q.dtype)
+
     @pl.when(step.ends)
     def _() -> None:
-        d_q[...] = (step.form.scale * sums[...]).astype(d_q.dtype)
+        _for_parts(sums.shape[1], LANES, finish)
 
 
 def _d_keys_kernel(step: Step, *refs: Any) -> None:
