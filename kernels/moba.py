@@ -11,7 +11,7 @@ from kernels import dispatch
 from kernels.checks import check_floating, check_segment_ids, check_shape
 from kernels.decoding import attend, block_times, check_room, gather_blocks, prefix, prefix_lengths, written
 from kernels.packing import begins, runs
-from kernels.select_blocks.form import ascending, best, rank
+from kernels.select_blocks.form import best, rank
 from kernels.selected_attention import selected_attention
 
 SCORES = 256  # of the gate at once, times the rows of a block of work
@@ -98,7 +98,7 @@ def moba_blocks(
         return _best(here(q), means, first + jnp.arange(size), here(begun), block_size, top_k)
 
     chosen = jnp.moveaxis(lax.map(choose, size * jnp.arange(pieces)), 0, 1)
-    return ascending(chosen.reshape(batch, pieces * size, heads, top_k)[:, :time])
+    return chosen.reshape(batch, pieces * size, heads, top_k)[:, :time]
 
 
 @jax.tree_util.register_dataclass
@@ -210,7 +210,7 @@ def _block_sums(x: jax.Array, block_size: int) -> jax.Array:
 
 
 def _best(q: jax.Array, means: jax.Array, time: jax.Array, begins: jax.Array, block_size: int, top_k: int) -> jax.Array:
-    """q [B, R, H, K], means [B, J, G, K], times [R] or [B, R], begins [B, R] → [B, R, H, top_k], the best first.
+    """q [B, R, H, K], means [B, J, G, K], times [R] or [B, R], begins [B, R] → [B, R, H, top_k].
 
     The mean of a query's own block does not matter, nor do those of blocks after it.
     """

@@ -9,8 +9,8 @@ from jax import lax
 from kernels import dispatch
 from kernels.checks import check_floating, check_segment_ids, check_shape
 from kernels.packing import begins
-from kernels.select_blocks import reference, xla
-from kernels.select_blocks.form import Form, ascending, compressed_blocks, filled
+from kernels.select_blocks import reference, tpu, xla
+from kernels.select_blocks.form import Form, compressed_blocks
 
 
 def select_blocks(
@@ -79,20 +79,19 @@ def select_blocks(
     wanted = compressed_blocks(sizes["T"], compression_block, stride)
     if sizes["N"] != wanted:
         raise ValueError(f"{op}: k_compressed: got N={sizes['N']}, wanted {wanted} for T={sizes['T']}")
-    refusal = "is not written yet"
+    heads = sizes["H"] // sizes["G"]
+    refusal = tpu.refusal(form, sizes["T"], heads, sizes["K"], jnp.result_type(q, k_compressed))
     dispatch.check_implementation(op, implementation, refusal)
 
     q, k_compressed = lax.stop_gradient(jnp.asarray(q)), lax.stop_gradient(jnp.asarray(k_compressed))
     begun = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else begins(segment_ids)
     if q.size == 0:
-        ids = jnp.full((*q.shape[:2], sizes["G"], selected_blocks), -1)
-    elif implementation == "reference":
+        return jnp.full((*q.shape[:2], sizes["G"], selected_blocks), -1)
+    if implementation == "reference":
         time = jnp.arange(sizes["T"])[None]
-        ids = reference.select_blocks(form, q, k_compressed, time, begun, form.blocks(sizes["T"]))
-    else:
-        select = partial(xla.select_blocks, form)
-        ids = dispatch.run(implementation, refusal, select, select, q, k_compressed, begun)
-    return ascending(filled(ids, selected_blocks))
+        return reference.select_blocks(form, q, k_compressed, time, begun, form.blocks(sizes["T"]))
+    by_blocks, by_tiles = partial(xla.select_blocks, form), partial(tpu.select_blocks, form)
+    return dispatch.run(implementation, refusal, by_blocks, by_tiles, q, k_compressed, begun)
 
 
 def check_blocks(op: str, block_size: int, stride: int, compression_block: int) -> None:

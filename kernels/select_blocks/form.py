@@ -66,25 +66,26 @@ def rank(
     score: jax.Array, block: jax.Array, time: jax.Array, begins: jax.Array, *, block_size: int, initial: int, local: int
 ) -> jax.Array:
     """The score with forced blocks at inf, and those after the query or before its segment at -inf."""
-    first, current = begins // block_size, time // block_size
+    # Times are not negative: a plain division, as the signs of a floored one do not compile ahead for a TPU.
+    first, current = (lax.div(x, jnp.asarray(block_size, x.dtype)) for x in (begins, time))
     forced = (block < first + initial) | (block > current - local)
     allowed = (block >= first) & (block <= current)
     return jnp.where(allowed, jnp.where(forced, jnp.inf, score), -jnp.inf)
 
 
 def best(ranked: jax.Array, most: int) -> jax.Array:
-    """[..., J] ranks → [..., most] int32, the blocks of the highest ranks, the highest first; -1 for those of -inf."""
+    """[..., J] ranks → [..., most] int32, the blocks of the highest ranks, ascending; -1 at the end for those of -inf.
+
+    Of equal ranks the lowest block.
+    """
     highest, ids = lax.top_k(ranked, min(most, ranked.shape[-1]))
-    return filled(jnp.where(highest > -jnp.inf, ids, -1), most)
+    return ascending(jnp.where(highest > -jnp.inf, ids, -1), most)
 
 
-def filled(ids: jax.Array, most: int) -> jax.Array:
-    """[..., fewer] → [..., most] with -1."""
-    return jnp.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, most - ids.shape[-1])], constant_values=-1)
-
-
-def ascending(ids: jax.Array) -> jax.Array:
-    """Sorted along the last axis, those of -1 at the end."""
+def ascending(ids: jax.Array, most: int) -> jax.Array:
+    """[..., at most `most`] ids, -1 for none → [..., most] int32, sorted, those of -1 at the end."""
     none = jnp.iinfo(jnp.int32).max
-    ids = jnp.sort(jnp.where(ids < 0, none, ids), axis=-1)
+    ids = jnp.where(ids < 0, none, ids).astype(jnp.int32)
+    ids = jnp.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, most - ids.shape[-1])], constant_values=none)
+    ids = jnp.sort(ids, axis=-1)
     return jnp.where(ids == none, -1, ids)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from kernels.chunks import compute_dtype
-from kernels.select_blocks.form import Form, rank
+from kernels.select_blocks.form import Form, ascending, rank
 
 
 def select_blocks(
     form: Form, q: jax.Array, k_compressed: jax.Array, time: jax.Array, begins: jax.Array, blocks: int
 ) -> jax.Array:
-    """Canonical arguments → the best blocks first [B, T, G, at most n] int32, -1 for none.
+    """Canonical arguments → [B, T, G, n] int32, ascending, -1 for none.
 
     `time` [B or 1, T] is that of each query, `blocks` how many there are to choose from.
     """
@@ -35,4 +35,5 @@ def select_blocks(
             score += jnp.where(place >= 0, p[..., jnp.maximum(place, 0)], 0)
     ranked = rank(score, block, time, begins, block_size=form.block_size, initial=form.initial, local=form.local)
     order = jnp.argsort(-ranked, axis=-1, stable=True)[..., : form.selected]
-    return jnp.where(jnp.take_along_axis(ranked, order, axis=-1) > -jnp.inf, order, -1).astype(jnp.int32)
+    chosen = jnp.where(jnp.take_along_axis(ranked, order, axis=-1) > -jnp.inf, order, -1)
+    return ascending(chosen, form.selected)

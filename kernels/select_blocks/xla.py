@@ -19,7 +19,7 @@ WIDTH = 256  # scores at once for each row of a block of work
 
 
 def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax.Array) -> jax.Array:
-    """Canonical arguments → the best blocks first [B, T, G, n] int32, -1 for none."""
+    """Canonical arguments → [B, T, G, n] int32, ascending, -1 for none."""
     batch, time = q.shape[:2]
     groups = k_compressed.shape[2]
     dtype, precision = compute_dtype(q, k_compressed)
