@@ -18,7 +18,7 @@ from kernels.selected_attention.routing import Routes, route
 
 SLOTS = 16  # divides those of a tile: rows of half precision come by sixteen on a TPU
 MIN_QUERIES = 1024  # of a stretch
-MIN_BLOCK, MAX_BLOCK = 64, 512  # tokens
+MIN_BLOCK, MAX_BLOCK = 64, 256  # tokens
 
 
 @jax.tree_util.register_dataclass
