@@ -59,6 +59,11 @@ def run(
     return jax.lax.platform_dependent(*arrays, tpu=pallas, default=xla)
 
 
+def on_cuda(cuda: Callable[..., Any], default: Callable[..., Any], *arrays: Any) -> Any:
+    """Calls `cuda` where the program is compiled for an NVIDIA GPU, else `default`, with the same results."""
+    return default(*arrays) if _interpreted.get() else jax.lax.platform_dependent(*arrays, cuda=cuda, default=default)
+
+
 def block_rows() -> int:
     """How many rows (batch × heads × time) an XLA form works on at once: bounds its temporary memory."""
     return 2**10 if jax.default_backend() == "cpu" else 2**18

@@ -21,7 +21,7 @@ from jax import lax
 from kernels import dispatch
 from kernels.checks import check_floating, check_shape
 from kernels.chunks import compute_dtype
-from kernels.sparse_attention import reference, tpu, xla
+from kernels.sparse_attention import cudnn, reference, tpu, xla
 from kernels.sparse_attention.form import Form
 from kernels.sparse_attention.mask import (
     Blocks,
@@ -83,7 +83,8 @@ def sparse_attention(
       scale: of the scores; K**-0.5 unless given.
       segment_ids: [B, T] integers, or a pair ([B, Tq], [B, Tk]): besides the mask the ids must be equal. Regions of
         equal ids need not hang together; blocks are skipped where those of queries and keys have no common range.
-      implementation: None (best for the platform), "reference", "xla" or "pallas".
+      implementation: None (best for the platform: on NVIDIA GPUs cuDNN for the masks it has), "reference", "xla" or
+        "pallas".
 
     Returns:
       out [B, Tq, H, V] in v's dtype.
@@ -92,7 +93,14 @@ def sparse_attention(
       ValueError: an argument of another shape or dtype; a mask that does not fit.
       NotImplementedError: "pallas" where it cannot serve.
     """
-    return _attend_checked("sparse_attention", q, k, v, mask, scale, segment_ids, implementation)[0]
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _attend_checked("sparse_attention", q, k, v, mask, scale, segment_ids, implementation)[0]
+
+    if implementation is not None or segment_ids is not None or cudnn.refusal(q, k, v, mask):
+        return ours(q, k, v)
+    theirs = partial(cudnn.attention, mask=mask, scale=scale)
+    return dispatch.on_cuda(theirs, ours, q, k, v)
 
 
 def attend(

@@ -13,8 +13,8 @@ def attend(
     repeats = q.shape[2] // k.shape[2]
     k, v_ = (jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (k, v))
     scores = scale * jnp.einsum("bthk,bjhk->bhtj", q.astype(dtype), k, precision="highest")
-    some = jnp.any(visible, axis=-1, keepdims=True) & jnp.ones(scores.shape[:-1] + (1,), bool)
     highest = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
+    some = highest != -jnp.inf  # of the scores, not of a constant mask, which XLA would fold while it compiles
     highest = jax.lax.stop_gradient(jnp.where(some, highest, 0))
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - highest, 0)), 0)
     total = jnp.where(some, jnp.sum(weights, axis=-1, keepdims=True), 1)
