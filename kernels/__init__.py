@@ -12,9 +12,9 @@
     from kernels import sequence  # linear attention, delta rule and scan with time split over the devices of a mesh
 
 Each operation is a folder: its definition step by step (`reference.py`), a form in plain XLA (`xla.py`), Pallas TPU
-kernels forward and backward (`tpu.py`); or a file where it is made of others. `implementation=None` takes the best for the platform the program is compiled
-for; a named one runs or raises. Gates are log decays, states and sums float32. Inside `jax.shard_map` they need
-`check_vma=False`.
+kernels forward and backward (`tpu.py`); or a file where it is made of others. `implementation=None` takes the best for
+the platform the program is compiled for; a named one runs or raises. Gates of recurrences are log decays, states and
+sums float32. Inside `jax.shard_map` they need `check_vma=False`.
 """
 
 DISTRIBUTION = "brain-zoo"

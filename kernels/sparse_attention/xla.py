@@ -22,15 +22,14 @@ from kernels.sparse_attention.form import Form
 from kernels.sparse_attention.mask import Mask, maps, predicate
 from kernels.sparse_attention.tiles import LIVE, WHOLE, Tiles, allowed
 
-BLOCK_Q, BLOCK_K = 128, 128
-BLOCK_ROWS = 256  # at least so many rows of a block of queries, where a group has few heads
+BLOCK_Q, BLOCK_K = 128, 128  # twice as many queries where each head has keys of its own
 TOGETHER = 768  # keys that a block of queries meets at once: a window of 512 and what its blocks have beside it
 
 
 def form(scale: float, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, segments: bool) -> Form:
     """The sizes of tiles for q [B, Tq, H, K], k [B, Tk, G, K] and v [B, Tk, G, V], not padded."""
     time_q, time_k = q.shape[1], k.shape[1]
-    most_q = max(BLOCK_Q, BLOCK_ROWS * k.shape[2] // q.shape[2])
+    most_q = BLOCK_Q * (2 if q.shape[2] == k.shape[2] else 1)
     block_q, block_k = (
         _block(time, most, [leaf.sizes[axis] for leaf in maps(mask)])
         for axis, (time, most) in enumerate(((time_q, most_q), (time_k, BLOCK_K)))

@@ -34,8 +34,8 @@ def test_operations_import_without_the_zoo():
     """And without starting a backend."""
     program = (
         "import sys, kernels.linear_scan, kernels.selective_scan, kernels.linear_attention, kernels.delta_rule, "
-        "kernels.sequence, kernels.nearest_code, kernels.sparse_attention, kernels.native_sparse_attention, kernels.moba, "
-        "kernels.alternating_sparse_attention\n"
+        "kernels.sequence, kernels.nearest_code, kernels.sparse_attention, kernels.native_sparse_attention, "
+        "kernels.moba, kernels.alternating_sparse_attention\n"
         "import jax._src.xla_bridge as bridge\n"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('zoo', 'flax', 'optax')]\n"
         "assert not bridge.backends_are_initialized()\n"

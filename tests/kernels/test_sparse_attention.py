@@ -57,7 +57,6 @@ SIZED = ("segments", "even segments", "map", "map of heads", "map of key heads",
 def small_tiles(monkeypatch):
     """So that a few tokens are several rows and steps."""
     monkeypatch.setattr(xla, "BLOCK_Q", 16)
-    monkeypatch.setattr(xla, "BLOCK_ROWS", 16)
     monkeypatch.setattr(xla, "BLOCK_K", 8)
     monkeypatch.setattr(xla, "TOGETHER", 24)
 
