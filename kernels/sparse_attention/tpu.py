@@ -8,6 +8,10 @@ sums of keys, of more queries.
 The online softmax is that of Milakov and Gimelshein (1805.02867), the backward pass that of FlashAttention-2
 (2307.08691): probabilities again from the log-normalizer, d_q walking the keys of a block of queries, d_k and d_v
 walking the queries of a block of keys.
+
+JAX's own kernel for this, splash attention, is not used: it asks a mask for every pair of tokens while a program is
+traced (4e9 of them for 65,536), gives NaN or a mean of values where a query sees nothing, has no gradient of the
+log-normalizer and keeps 128 copies of it in memory, and reads keys and values again for each head of a group.
 """
 
 from collections.abc import Callable, Sequence
