@@ -145,8 +145,14 @@ def _of_block(x: jax.Array) -> pl.BlockSpec:
 
 
 def _rows(x: jax.Array, query: jax.Array) -> jax.Array:
-    """[s + 1, g, F] or [s + 1, g] and queries [S, m] → [S, m × g, F] or [S, m × g]."""
-    return x[query].reshape(query.shape[0], -1, *x.shape[2:])
+    """[s + 1, g, F] and queries [S, m] → [S, m × g, F]."""
+    return x[query].reshape(query.shape[0], -1, x.shape[2])
+
+
+def _numbers(x: jax.Array, query: jax.Array) -> jax.Array:
+    """[s + 1, g] and queries [S, m] → [S, m × g]; gathered as they will lie, the compiler being slow to move lanes."""
+    heads = x.shape[1]
+    return x.reshape(-1)[jnp.repeat(query * heads, heads, axis=1) + jnp.tile(jnp.arange(heads), query.shape[1])]
 
 
 def _seen(queries: Queries, query: jax.Array) -> jax.Array:
@@ -193,7 +199,7 @@ def _backward_tiles(
     q, k, v, d_out = _alike(queries.q, k, v, cotangents.d_out)
     heads, width = q.shape[1:]
     tiles, rows = routes.block.size, routes.query.shape[1] * heads
-    known = [_rows(x, routes.query) for x in (cotangents.log_normalizer, cotangents.delta)]
+    known = [_numbers(x, routes.query) for x in (cotangents.log_normalizer, cotangents.delta)]
     operands = {
         "block": routes.block,
         "live": routes.live[None],
