@@ -43,9 +43,12 @@ STEP_PARTS = 3  # what a step of the grid costs of itself (about 0.35 µs), in p
 def form(scale: float, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, segments: bool) -> Form:
     """The sizes of tiles, within the blocks of the mask's maps, that should make the mask cheapest.
 
-    q [B, Tq, H, K], k [B, Tk, G, K] and v [B, Tk, G, V], not padded, may be anything with a shape and a dtype.
+    q [B, Tq, H, K], k [B, Tk, G, K] and v [B, Tk, G, V], not padded, may be anything with a shape and a dtype; maps are
+    [1 or B, 1 or G, nq, nk].
     """
     group = q.shape[2] // k.shape[2]
+    batch = max([q.shape[0] if segments else 1, *(leaf.map.shape[0] for leaf in maps(mask))])
+    lists = batch * max([1, *(leaf.map.shape[1] for leaf in maps(mask))])
 
     def sized(most: tuple[int, int]) -> Form:
         block_q, block_k = (
@@ -55,7 +58,7 @@ def form(scale: float, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, seg
 
     def cost(form: Form) -> tuple[bool, float]:
         tiles = int(allowed(form, mask).sum())
-        return tiles > MAX_TILES, tiles * (STEP_PARTS + group * form.block_q * form.block_k / LANES**2)
+        return tiles * lists > MAX_TILES, tiles * (STEP_PARTS + group * form.block_q * form.block_k / LANES**2)
 
     forms = [sized(most) for most in BLOCKS]
     fitting = [form for form in forms if _block_bytes(form, q, k, v) <= BLOCK_BYTES] or forms[-1:]

@@ -142,20 +142,21 @@ def test_where_it_is_compiled_for_a_tpu_the_kernels_run():
 
 
 @pytest.mark.parametrize(
-    ("mask", "heads", "sizes"),
+    ("mask", "heads", "packed_rows", "sizes"),
     [
-        (Causal(), (4, 4), (512, 512)),
-        (Causal() & Window(512), (4, 1), (256, 256)),
-        (Causal() & Window(64), (16, 1), (64, 128)),
-        (Causal(), (64, 1), (64, 128)),
-        (Blocks(np.ones((4, 32), bool), (1920, 240)), (4, 4), (384, 240)),
+        (Causal(), (4, 4), 0, (512, 512)),
+        (Causal() & Window(512), (4, 1), 0, (256, 256)),
+        (Causal() & Window(512), (4, 1), 1000, (512, 512)),
+        (Causal() & Window(64), (16, 1), 0, (64, 128)),
+        (Causal(), (64, 1), 0, (64, 128)),
+        (Blocks(np.ones((1, 1, 4, 32), bool), (1920, 240)), (4, 4), 0, (384, 240)),
     ],
 )
-def test_sizes_of_tiles(monkeypatch, mask, heads, sizes):
-    """Large ones save steps, small ones waste less beside a window; all heads of a group have to fit."""
+def test_sizes_of_tiles(monkeypatch, mask, heads, packed_rows, sizes):
+    """Large ones save steps and places in the lists, one for each packed row; small ones waste less beside a window."""
     monkeypatch.undo()
-    q, k = (jax.ShapeDtypeStruct((1, 7680, n, 128), jnp.bfloat16) for n in heads)
-    form = tpu.form(1.0, mask, q, k, k, segments=False)
+    q, k = (jax.ShapeDtypeStruct((packed_rows or 1, 7680, n, 128), jnp.bfloat16) for n in heads)
+    form = tpu.form(1.0, mask, q, k, k, segments=packed_rows > 0)
     assert (form.block_q, form.block_k) == sizes
 
 
