@@ -14,7 +14,13 @@
 Each operation is a folder: its definition step by step (`reference.py`), a form in plain XLA (`xla.py`), Pallas TPU
 kernels forward and backward (`tpu.py`); or a file where it is made of others. `implementation=None` takes the best for
 the platform the program is compiled for; a named one runs or raises. Gates of recurrences are log decays, states and
-sums float32. Inside `jax.shard_map` they need `check_vma=False`.
+sums float32.
+
+On several devices, split rows and heads by hand: the compiler cannot split Pallas kernels, and of the loops of the
+attentions in XLA it gathers what it could leave where it is. Inside `jax.shard_map` they need `check_vma=False`.
+
+    spec = P("data", None, "tensor")  # [B, T, H, K]
+    jax.shard_map(native_sparse_attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
 """
 
 DISTRIBUTION = "brain-zoo"
