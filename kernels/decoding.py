@@ -47,6 +47,8 @@ def ring_times(length: jax.Array, size: int) -> jax.Array:
 
 def ring(x: jax.Array, length: jax.Array, size: int) -> jax.Array:
     """The last tokens of x [B, T, ...] of which the first `length` [B] have come, as a ring of `size` places."""
+    if x.shape[1] == 0:
+        return jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype)
     times = ring_times(length, size)
     held = jnp.expand_dims(times >= 0, range(2, x.ndim))
     return jnp.where(held, taken(x, times), 0)

@@ -9,7 +9,7 @@ import pytest
 from against import QUICK, assert_equal, assert_within_rule, normal, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_selection import chosen, ended, numbered
+from naive_attention import attention, chosen, ended, numbered, segments
 
 from kernels import dispatch
 from kernels.native_sparse_attention import (
@@ -55,20 +55,6 @@ def compression(arrays):
     if len(rest) == len(arrays):
         return rest
     return rest | {"compress": tuple(partial(projected, arrays[name]) for name in ("compress_k", "compress_v"))}
-
-
-def segments(*starts, time=TIME, batch=2):
-    """Ids that come back: 5, 6, 5, 6, …"""
-    return jnp.broadcast_to(5 + np.searchsorted(starts, np.arange(time), side="right") % 2, (batch, time))
-
-
-def attention(q, k, v, visible):
-    """[B, T, H, V] and the weights [B, H, T, S], for visible [B, 1 or H, T, S]."""
-    shared = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, shared, 2), jnp.repeat(v, shared, 2)
-    scores = q.shape[-1] ** -0.5 * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0)
-    return jnp.einsum("bhts,bshv->bthv", weights, v, precision="highest"), weights
 
 
 def naive(lists, q, k, v, gates, compress=None, segment_ids=None):
@@ -136,7 +122,7 @@ def exactly(arrays, **options):
 )
 def test_values_and_gradients_in_float64(implementation, separate, compressed, borders):
     arrays = arguments(separate=separate, compression=compressed)
-    ids = segments(*borders) if borders else None
+    ids = segments(*borders, time=TIME, batch=2) if borders else None
     _, exact = exactly(arrays, segment_ids=ids)
     got = in_float64(partial(native_sparse_attention, implementation=implementation, **SIZES), arrays, segment_ids=ids)
     assert_equal(exact, got, 1e-11)
@@ -152,7 +138,7 @@ def test_values_and_gradients_in_float32(groups):
 
 def test_kernels_are_as_exact():
     arrays = arguments(batch=1, separate=True)
-    ids = segments(16, batch=1)
+    ids = segments(16, time=TIME, batch=1)
     _, exact = exactly(arrays, segment_ids=ids)
     plain = pull(partial(native_sparse_attention, **SIZES), arrays, segment_ids=ids)
     with dispatch.interpreted():
@@ -206,7 +192,7 @@ def test_packed_is_separate_where_segments_begin_with_a_block():
         return {"out": out} | vjp(cotangent)[0]
 
     run = jax.jit(run, compiler_options=QUICK)
-    packed, parameters = run(arrays, cotangent, segments(24, time=48)), ("compress_k", "compress_v")
+    packed, parameters = run(arrays, cotangent, segments(24, time=48, batch=2)), ("compress_k", "compress_v")
     sums = dict.fromkeys(parameters, 0)
     for begin, end in ((0, 24), (24, 48)):
         own = {name: x if name in parameters else x[:, begin:end] for name, x in arrays.items()}

@@ -10,7 +10,7 @@ from against import QUICK, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from naive_selection import chosen, ended, listed, numbered, softmax
+from naive_attention import chosen, ended, listed, numbered, segments, softmax
 
 from kernels import dispatch
 from kernels.select_blocks import select_blocks
@@ -62,11 +62,6 @@ def brute_force(q, k, segment_ids=None, scale=None, **sizes):
     return listed(chosen(softmax(scores, visible).sum(0), run, **sizes), sizes["selected_blocks"])
 
 
-def segments(*starts, time=150, batch=2):
-    """Ids that come back: 5, 6, 5, 6, …"""
-    return jnp.broadcast_to(5 + np.searchsorted(starts, np.arange(time), side="right") % 2, (batch, time))
-
-
 @pytest.mark.parametrize(
     ("implementation", "dtype", "packed", "groups"),
     [
@@ -80,14 +75,14 @@ def segments(*starts, time=150, batch=2):
 )
 def test_every_form_is_brute_force(implementation, dtype, packed, groups):
     q, k = arguments(groups=groups, dtype=dtype)
-    ids = segments(16, 61, 62, 90) if packed else None
+    ids = segments(16, 61, 62, 90, time=150, batch=2) if packed else None
     got = run(q, k, implementation, segment_ids=ids)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, brute_force(q, k, segment_ids=ids))
 
 
 def test_xla_is_the_definition_in_float64():
-    ids = segments(16, 61, 62, 90)
+    ids = segments(16, 61, 62, 90, time=150, batch=2)
     with jax.enable_x64(True):
         q, k = (x.astype(jnp.float64) for x in arguments())
         for scale in (None, 3.0):

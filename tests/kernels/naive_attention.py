@@ -1,6 +1,22 @@
-"""Block selection written out block by block, for the tests of what is built on it."""
+"""Attention and block selection written out pair by pair and block by block, for the tests of what is built on them."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+def attention(q, k, v, visible, scale=None):
+    """[B, T, H, V] and the weights [B, H, T, S], for visible [B, 1 or H, T, S]; k and v of G heads."""
+    shared, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = jnp.repeat(k, shared, 2), jnp.repeat(v, shared, 2)
+    scores = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
+    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1), 0)
+    return jnp.einsum("bhts,bshv->bthv", weights, v, precision="highest"), weights
+
+
+def segments(*starts, time, batch):
+    """[B, T] ids that come back: 5, 6, 5, 6, …"""
+    return jnp.broadcast_to(5 + np.searchsorted(starts, np.arange(time), side="right") % 2, (batch, time))
 
 
 def numbered(segment_ids, batch, time):
