@@ -149,6 +149,12 @@ def _rows(x: jax.Array, query: jax.Array) -> jax.Array:
     return x[query].reshape(query.shape[0], -1, x.shape[2])
 
 
+def _by_slot(x: jax.Array, heads: int) -> jax.Array:
+    """[S, 1, m × g] → [S × m, g]; with the tiles in lanes meanwhile: to split lanes takes the compiler minutes."""
+    tiles = x.shape[0]
+    return x.reshape(tiles, -1).T.reshape(-1, heads, tiles).transpose(2, 0, 1).reshape(-1, heads)
+
+
 def _numbers(x: jax.Array, query: jax.Array) -> jax.Array:
     """[s + 1, g] and queries [S, m] → [S, m × g]; gathered as they will lie, the compiler being slow to move lanes."""
     heads = x.shape[1]
@@ -182,7 +188,7 @@ def _forward_tiles(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="selected_attention_forward",
     )(routes.block, routes.live[None], _rows(q, routes.query), _seen(queries, routes.query), k, v)
-    return out.reshape(-1, heads, v.shape[-1]), log_normalizer.reshape(-1, heads)
+    return out.reshape(-1, heads, v.shape[-1]), _by_slot(log_normalizer, heads)
 
 
 def _backward_tiles(
