@@ -54,7 +54,12 @@ def test_masks(kind, dtype, groups, packed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "dtype", "groups", "packed"), list(itertools.product(MASKS, DTYPES, (1, 2, 4), (False, True)))
+    ("kind", "dtype", "groups", "packed"),
+    [
+        (kind, dtype, groups, packed)
+        for kind, dtype, groups, packed in itertools.product(MASKS, DTYPES, (1, 2, 4), (False, True))
+        if kind != "map of key heads" or groups == 2
+    ],
 )
 def test_masks_everywhere(kind, dtype, groups, packed):
     check(arguments(groups=groups, dtype=dtype), MASKS[kind], regions() if packed else None)
