@@ -102,7 +102,7 @@ def _checked(op, q, k, v, blocks, *, block_size, scale, causal, segment_ids, imp
     if block_size < 1:
         raise ValueError(f"{op}: block_size: got {block_size}, wanted at least 1")
     dtype = jnp.result_type(q, k, v)
-    refusal = tpu.refusal(dtype, (sizes["K"], sizes["V"]), heads // lists, block_size)
+    refusal = tpu.refusal(dtype, time, (sizes["K"], sizes["V"]), heads // lists, block_size)
     dispatch.check_implementation(op, implementation, refusal)
 
     if 0 in (batch, time, heads, sizes["n"]):

@@ -23,11 +23,12 @@ from kernels.tiles import dot
 
 ROWS = 256  # of a tile
 MAX_WIDTH = 256
-MAX_SCORES = 2**18  # of a tile
+MAX_ROWS, MAX_SCORES = 2**10, 2**17  # of a tile
+MAX_BLOCKS = 2**15  # the blocks of all tiles of a stretch, up to five times as many, lie in scalar memory
 SUBLANES = 8
 
 
-def refusal(dtype: jnp.dtype, widths: tuple[int, int], heads: int, block_size: int) -> str | None:
+def refusal(dtype: jnp.dtype, time: int, widths: tuple[int, int], heads: int, block_size: int) -> str | None:
     """Why these kernels do not serve widths K and V, and `heads` that share their blocks; None where they do."""
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"computes in float32 or bfloat16, these arguments need {dtype}"
@@ -36,7 +37,9 @@ def refusal(dtype: jnp.dtype, widths: tuple[int, int], heads: int, block_size: i
     if block_size % SUBLANES:
         return f"takes blocks of a multiple of {SUBLANES} tokens, got {block_size}"
     rows, tokens = max(ROWS, heads * stretches.SLOTS), stretches.block_size(block_size)
-    if rows * tokens > MAX_SCORES:
+    if time > MAX_BLOCKS * tokens:
+        return f"takes at most {MAX_BLOCKS} blocks of {tokens} tokens, got {time} tokens"
+    if rows > MAX_ROWS or rows * tokens > MAX_SCORES:
         return f"{heads} heads share blocks of {block_size} tokens, too many for a tile"
     return None
 

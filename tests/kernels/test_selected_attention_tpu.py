@@ -119,7 +119,13 @@ def test_kernels_are_what_a_tpu_runs():
         ({"key": 4}, {}, "takes widths from 8 to 256, got K=4 and V=12"),
         ({"value": 300}, {}, "takes widths from 8 to 256, got K=8 and V=300"),
         ({}, {"block_size": 12}, "takes blocks of a multiple of 8 tokens, got 12"),
-        ({"heads": 128, "groups": 1}, {"block_size": 256}, "128 heads share blocks of 256 tokens, too many for a tile"),
+        (
+            {"time": 2**18 + 1, "key": 8, "value": 8},
+            {"block_size": 8},
+            "takes at most 32768 blocks of 8 tokens, got 262145",
+        ),
+        ({"heads": 64, "groups": 1}, {"block_size": 256}, "64 heads share blocks of 256 tokens, too many for a tile"),
+        ({"heads": 65, "groups": 1}, {"block_size": 16}, "65 heads share blocks of 16 tokens, too many for a tile"),
         ({"dtype": jnp.float16}, {}, "computes in float32 or bfloat16, these arguments need float16"),
         ({}, {}, "needs a TPU"),
     ],
@@ -129,4 +135,4 @@ def test_refusals(change, options, reason):
     dtype = sizes.pop("dtype", jnp.float32)
     options = {"block_size": BLOCK, "implementation": "pallas"} | options
     with pytest.raises(NotImplementedError, match=f"^attend: implementation 'pallas':? {reason}"):
-        attend(**cast(arguments(**sizes), dtype), blocks=lists(1, TIME, 1), **options)
+        attend(**cast(arguments(**sizes), dtype), blocks=jnp.zeros((1, sizes["time"], 1, 3), int), **options)
