@@ -72,13 +72,19 @@ def block_times(ids: jax.Array, block_size: int) -> jax.Array:
 
 
 def prefix_lengths(op: str, length: Any, sizes: dict[str, int]) -> jax.Array:
-    """[B] int32, how many of T tokens count: all unless given. Raises ValueError for another shape or dtype."""
+    """[B] int32, how many of T tokens count: all unless given.
+
+    Raises ValueError for another shape or dtype, and for a length that is no number of them, where it is not traced.
+    """
     if length is None:
         return jnp.full(sizes["B"], sizes["T"], jnp.int32)
     check_shape(op, "length", length, "B", sizes)
     if not jnp.issubdtype(jnp.result_type(length), jnp.integer):
         raise ValueError(f"{op}: length: got dtype {jnp.result_type(length)}, wanted an integer one")
-    return jnp.clip(length, 0, sizes["T"]).astype(jnp.int32)
+    time = sizes["T"]
+    if not isinstance(length, jax.core.Tracer) and np.any((np.asarray(length) < 0) | (np.asarray(length) > time)):
+        raise ValueError(f"{op}: length: got {np.asarray(length).tolist()}, wanted numbers from 0 to {time}")
+    return jnp.clip(length, 0, time).astype(jnp.int32)
 
 
 def prefix(op: str, x: jax.Array, length: jax.Array, capacity: int) -> jax.Array:

@@ -22,6 +22,7 @@ LANES = 128
 CHUNK = 128  # compressed keys that are multiplied at once, if phases are few
 STRIP = 32  # blocks that are worked on at once
 MAX_BYTES = 12 * 2**20  # of VMEM
+NONE = 2**31 - 1  # instead of a block, after all others
 
 
 def refusal(form: Form, time: int, heads: int, width: int, dtype: jnp.dtype) -> str | None:
@@ -92,6 +93,11 @@ def _rows(first: Any, count: int) -> jax.Array:
     return first + lax.broadcasted_iota(jnp.int32, (count, LANES), 0)
 
 
+def _at(strip: Any) -> Any:
+    """Where the rows of a strip lie."""
+    return pl.ds(pl.multiple_of(strip * STRIP, STRIP), STRIP)
+
+
 def _eight(x: jax.Array) -> jax.Array:
     """[rows, LANES] → [rows / 8, 8, LANES]: what is summed over the first axis stays whole registers."""
     return x.reshape(-1, SUBLANES, LANES)
@@ -121,11 +127,8 @@ def _select(
     chunk = keys_ref.shape[1] // form.ratio
     strips, chunks = (lax.div(begun + size - 1, size) for size in (STRIP, chunk))
 
-    def at(strip: Any) -> Any:
-        return pl.ds(pl.multiple_of(strip * STRIP, STRIP), STRIP)
-
     def clear(strip: Any, _: None) -> None:
-        score_ref[at(strip), :] = jnp.zeros((STRIP, LANES), jnp.float32)
+        score_ref[_at(strip), :] = jnp.zeros((STRIP, LANES), jnp.float32)
 
     lax.fori_loop(0, strips, clear, None)
 
@@ -160,16 +163,16 @@ def _select(
                 else:
                     own += weight * phases[phase]
             moved = pltpu.roll(after, 1, 0)
-            head_ref[at(strip), :] = own + jnp.where(_rows(0, STRIP) == 0, from_before, moved)
+            head_ref[_at(strip), :] = own + jnp.where(_rows(0, STRIP) == 0, from_before, moved)
             return total, after[STRIP - 1 :]
 
         zeros = jnp.zeros((SUBLANES, LANES), jnp.float32), jnp.zeros((1, LANES), jnp.float32)
-        total, _last = lax.fori_loop(0, strips, share, zeros)
+        total, _ = lax.fori_loop(0, strips, share, zeros)
         total = jnp.sum(total, axis=0, keepdims=True)
         inverse = 1 / jnp.where(total > 0, total, 1.0)
 
         def add(strip: Any, _: None) -> None:
-            score_ref[at(strip), :] += head_ref[at(strip), :] * inverse
+            score_ref[_at(strip), :] += head_ref[_at(strip), :] * inverse
 
         lax.fori_loop(0, strips, add, None)
 
@@ -177,38 +180,48 @@ def _select(
 
     def order(strip: Any, _: None) -> None:
         options = {"block_size": form.block_size, "initial": form.initial, "local": form.local}
-        score_ref[at(strip), :] = rank(score_ref[at(strip), :], _rows(strip * STRIP, STRIP), time, begins, **options)
+        score_ref[_at(strip), :] = rank(score_ref[_at(strip), :], _rows(strip * STRIP, STRIP), time, begins, **options)
 
     lax.fori_loop(0, strips, order, None)
-    none = jnp.iinfo(jnp.int32).max
+    _choose(score_ref, found_ref, strips)
+    ids_ref[...] = _ascending(found_ref)
+
+
+def _choose(score_ref: Any, found_ref: Any, strips: Any) -> None:
+    """The blocks of the highest ranks in the first strips of `score`, one after the other, to `found` [n, R].
+
+    Of equal ones the lowest; NONE where none is left. What is chosen is struck out of `score`.
+    """
 
     def choose(n: Any, last: jax.Array) -> jax.Array:
-        """The best that is left, the lowest of equal ones."""
-
         def search(strip: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             highest, block = found
             rows = _rows(strip * STRIP, STRIP)
-            score = jnp.where(rows == last, -jnp.inf, score_ref[at(strip), :])
-            score_ref[at(strip), :] = score
+            score = jnp.where(rows == last, -jnp.inf, score_ref[_at(strip), :])
+            score_ref[_at(strip), :] = score
             for x, row in zip(_eight(score), _eight(rows), strict=True):
                 higher = x > highest
                 highest, block = jnp.where(higher, x, highest), jnp.where(higher, row, block)
             return highest, block
 
-        nothing = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32), jnp.full((SUBLANES, LANES), none))
+        nothing = (jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32), jnp.full((SUBLANES, LANES), NONE))
         highest, block = lax.fori_loop(0, strips, search, nothing)
         best = jnp.max(highest, axis=0, keepdims=True)
-        last = jnp.min(jnp.where(highest == best, block, none), axis=0, keepdims=True)
+        last = jnp.min(jnp.where(highest == best, block, NONE), axis=0, keepdims=True)
         found_ref[pl.ds(n, 1), :] = last
         return last
 
-    lax.fori_loop(0, form.selected, choose, jnp.full((1, LANES), none))
+    lax.fori_loop(0, found_ref.shape[0], choose, jnp.full((1, LANES), NONE))
+
+
+def _ascending(found_ref: Any) -> jax.Array:
+    """[n, R] blocks or NONE → sorted, -1 for NONE: each goes where as many are as are lower."""
     found = found_ref[...]
 
     def put(n: Any, ids: jax.Array) -> jax.Array:
         block = found_ref[pl.ds(n, 1), :]
         place = jnp.sum((found < block).astype(jnp.int32), axis=0, keepdims=True)
-        return jnp.where(_rows(0, form.selected) == place, block, ids)
+        return jnp.where(_rows(0, found.shape[0]) == place, block, ids)
 
-    ids = lax.fori_loop(0, form.selected, put, jnp.full_like(found, none))
-    ids_ref[...] = jnp.where(ids == none, -1, ids)
+    ids = lax.fori_loop(0, found.shape[0], put, jnp.full_like(found, NONE))
+    return jnp.where(ids == NONE, -1, ids)

@@ -67,7 +67,7 @@ def in_float64(op, arrays, **options):
         return pull(op, {name: x.astype(jnp.float64) for name, x in arrays.items()}, **options)
 
 
-@pytest.mark.parametrize("borders", [(), (13, 16, 30)])
+@pytest.mark.parametrize("borders", [(13, 16, 30), pytest.param((), marks=pytest.mark.slow)])
 def test_values_and_gradients_in_float64(borders):
     arrays = arguments()
     ids = segments(*borders, time=TIME, batch=2)
@@ -174,6 +174,8 @@ def test_errors_of_the_cache():
     arrays = arguments()
     with pytest.raises(ValueError, match=r"^moba_cache: capacity: got 40, wanted room for the 45 tokens"):
         moba_cache(arrays["k"], arrays["v"], capacity=40, block_size=8)
+    with pytest.raises(ValueError, match=r"^moba_cache: length: got \[46, 3\], wanted numbers from 0 to 45"):
+        moba_cache(arrays["k"], arrays["v"], capacity=48, block_size=8, length=jnp.asarray([46, 3]))
     cache = moba_cache(arrays["k"], arrays["v"], capacity=64, block_size=8)
     with pytest.raises(ValueError, match=r"^moba_step: cache: got 8 blocks of 64 tokens, wanted them of 16"):
         moba_step(**tokens(arrays, jnp.zeros(2, int)), cache=cache, block_size=16)

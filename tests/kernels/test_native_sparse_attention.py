@@ -128,22 +128,17 @@ def test_values_and_gradients_in_float64(implementation, separate, compressed, b
     assert_equal(exact, got, 1e-11)
 
 
-@pytest.mark.parametrize("groups", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_values_and_gradients_in_float32(groups):
-    arrays = arguments(groups=groups, compression=True)
-    lists, exact = exactly(arrays)
-    plain = pull(partial(naive, lists), arrays)
-    assert_within_rule(exact, plain, pull(partial(native_sparse_attention, **SIZES), arrays), floor=1e-6)
-
-
-def test_kernels_are_as_exact():
-    arrays = arguments(batch=1, separate=True)
-    ids = segments(16, time=TIME, batch=1)
-    _, exact = exactly(arrays, segment_ids=ids)
-    plain = pull(partial(native_sparse_attention, **SIZES), arrays, segment_ids=ids)
+@pytest.mark.parametrize(("groups", "packed"), [(2, True), pytest.param(4, False, marks=pytest.mark.slow)])
+def test_values_and_gradients_in_float32(groups, packed):
+    arrays = arguments(batch=1, groups=groups, compression=True)
+    ids = segments(16, time=TIME, batch=1) if packed else None
+    lists, exact = exactly(arrays, segment_ids=ids)
+    plain = pull(partial(naive, lists), arrays, segment_ids=ids)
+    blocks = pull(partial(native_sparse_attention, **SIZES), arrays, segment_ids=ids)
+    assert_within_rule(exact, plain, blocks, floor=1e-6)
     with dispatch.interpreted():
-        got = pull(partial(native_sparse_attention, implementation="pallas", **SIZES), arrays, segment_ids=ids)
-    assert_within_rule(exact, plain, got, floor=1e-6)
+        kernels = pull(partial(native_sparse_attention, implementation="pallas", **SIZES), arrays, segment_ids=ids)
+    assert_within_rule(exact, blocks, kernels, floor=1e-6)
 
 
 def test_half_precision_stays_near():
@@ -152,13 +147,14 @@ def test_half_precision_stays_near():
     k_compressed = compress_blocks(arrays["k"], block_size=8, stride=4)
     ids = np.asarray(select_blocks(arrays["q"], k_compressed, compression_block=8, **SELECTION))
     lists = [np.swapaxes((ids[..., None] == np.arange(6)).any(-2), 1, 2)]
-    got = pull(partial(native_sparse_attention, **SIZES), arrays)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    for name, x in pull(partial(naive, lists), wide).items():
-        assert np.abs(got[name] - x).max() < 0.03 * np.abs(x).max(), name
+    wanted = naive(lists, **jax.tree.map(lambda x: x.astype(jnp.float32), arrays))
+    got = compiled()(**arrays)
+    assert got.dtype == jnp.bfloat16
+    assert np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.integers(1, 50), st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2)]), st.integers(0, 50))
 def test_any_length(time, heads, border):
     arrays = arguments(time, 1, *heads)
@@ -167,6 +163,12 @@ def test_any_length(time, heads, border):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
         exact = naive([], **wide, segment_ids=ids)
     got = compiled()(**arrays, segment_ids=ids)
+    np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_hardly_any_tokens():
+    arrays = arguments(5, 1)
+    exact, got = naive([], **arrays), compiled()(**arrays)
     np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -181,28 +183,11 @@ def test_all_blocks_selected_is_dense_causal_attention():
 
 
 def test_packed_is_separate_where_segments_begin_with_a_block():
-    arrays = arguments(48, compression=True)
-    cotangent = normal(101, 2, 48, 4, 12)
-
-    def run(arrays, cotangent, segment_ids=None):
-        def attend(arrays):
-            return native_sparse_attention(**compression(arrays), segment_ids=segment_ids, **SIZES)
-
-        out, vjp = jax.vjp(attend, arrays)
-        return {"out": out} | vjp(cotangent)[0]
-
-    run = jax.jit(run, compiler_options=QUICK)
-    packed, parameters = run(arrays, cotangent, segments(24, time=48, batch=2)), ("compress_k", "compress_v")
-    sums = dict.fromkeys(parameters, 0)
-    for begin, end in ((0, 24), (24, 48)):
-        own = {name: x if name in parameters else x[:, begin:end] for name, x in arrays.items()}
-        for name, x in run(own, cotangent[:, begin:end]).items():
-            if name in parameters:
-                sums[name] += x
-            else:
-                np.testing.assert_allclose(packed[name][:, begin:end], x, rtol=1e-4, atol=2e-6, err_msg=name)
-    for name in parameters:
-        np.testing.assert_allclose(packed[name], sums[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    arrays = arguments(48)
+    packed = compiled()(**arrays, segment_ids=segments(24, time=48, batch=2))
+    for cut in (slice(0, 24), slice(24, 48)):
+        alone = compiled()(**{name: x[:, cut] for name, x in arrays.items()})
+        np.testing.assert_allclose(packed[:, cut], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_future_changes_no_bit():

@@ -94,11 +94,14 @@ def test_xla_is_the_definition_in_float64():
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"stride": 8},  # every compressed block is a block
-        {"compression_block": 4},
+        pytest.param({"stride": 8}, marks=pytest.mark.slow),  # every compressed block is a block
+        pytest.param({"compression_block": 4}, marks=pytest.mark.slow),
         {"compression_block": 12},  # as long as the kernel takes them
-        {"stride": 2, "compression_block": 2, "initial": 0, "local": 0, "selected_blocks": 2},
-        {"block_size": 4, "initial": 2, "local": 3, "selected_blocks": 5},
+        pytest.param(
+            {"stride": 2, "compression_block": 2, "initial": 0, "local": 0, "selected_blocks": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"block_size": 4, "initial": 2, "local": 3, "selected_blocks": 5}, marks=pytest.mark.slow),
         {"stride": 1, "block_size": 3, "compression_block": 2, "selected_blocks": 20},  # more than there are
     ],
 )
@@ -117,7 +120,7 @@ def test_longer_compressed_blocks():
         run(q, k, "pallas", **sizes)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     time=st.integers(1, 70),
     groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
@@ -174,7 +177,7 @@ def test_lists_are_causal_ascending_and_hold_what_is_forced(implementation):
 
 
 @pytest.mark.parametrize("implementation", FORMS)
-@pytest.mark.parametrize("time", [1, 7, 8, 9])
+@pytest.mark.parametrize("time", [7, 9])
 def test_hardly_any_tokens(implementation, time):
     got = run(*arguments(time), implementation)
     np.testing.assert_array_equal(got[..., 0], 0)
@@ -190,9 +193,9 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("implementation", FORMS)
 def test_packed_is_separate_where_segments_begin_with_a_block(implementation):
-    q, k = arguments(time=100, batch=1)
-    got = run(q, k, implementation, segment_ids=segments(16, 48, time=100, batch=1))
-    for begin, end in ((16, 48), (48, 100)):
+    q, k = arguments(time=96, batch=1)
+    got = run(q, k, implementation, segment_ids=segments(48, time=96, batch=1))
+    for begin, end in ((0, 48), (48, 96)):
         alone = run(q[:, begin:end], k[:, begin // 4 : (end - 8) // 4 + 1], implementation)
         np.testing.assert_array_equal(got[:, begin:end], np.where(alone < 0, -1, alone + begin // 8))
 
