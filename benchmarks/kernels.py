@@ -263,9 +263,13 @@ def first_line(error: Exception) -> str:
 
 
 def free_bytes() -> int:
-    """Memory of the device that programs run on; the machine's for the CPU."""
+    """Memory of the device that programs run on; the machine's for the CPU, files it would forget counted as free."""
     statistics_ = jax.devices()[0].memory_stats()
     if statistics_ is None:
+        meminfo = Path("/proc/meminfo")
+        if meminfo.exists():
+            kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"]
+            return 1024 * int(kilobytes.split()[0])
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return statistics_["bytes_limit"] - statistics_["bytes_in_use"]
 
