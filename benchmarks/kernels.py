@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import aot, kernel_contenders, recurrences
 from benchmarks.kernel_cases import FAMILIES, Case, Dtype, Gate, Mask, Mode, Op, counts, parse_shape
-from benchmarks.kernel_contenders import Contender, check, failures, inputs, lowered, program
+from benchmarks.kernel_contenders import Contender, check, failures, inputs, lowered, program, results
 from benchmarks.kernel_peers import PEERS
 from benchmarks.kernel_tables import Report, Row, as_json, show
 from zoo.errors import ZooError
@@ -320,7 +320,7 @@ def compile_case(case: Case, options: Options, dump: Path) -> list[Row]:
             arrays = case.shapes(step=mode == "step")
             arguments: tuple[Any, ...] = (arrays,)
             if mode == "forward_backward":
-                arguments = (arrays, jax.eval_shape(contender.definition, arrays))
+                arguments = (arrays, results(contender, arrays))
             try:
                 compiled = aot.compile_ahead(program(contender.call, mode), arguments, str(options.target), dump)
             except CANNOT_RUN as reason:
