@@ -30,6 +30,8 @@ Op = Literal[
     "selected_attention",
     "native_sparse_attention",
     "moba",
+    "local_latent_attention",
+    "global_latent_attention",
     "nearest_code",
     "code_statistics",
 ]

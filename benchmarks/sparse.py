@@ -1,6 +1,7 @@
 """The sparse attentions, as `benchmarks/kernels.py` measures them.
 
 Sizes go by letter: B batch, T time, H heads, K key width, V value width, and G heads of k and v where they are fewer.
+Latents are as wide as keys.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ LETTERS = dict.fromkeys(
         "selected_attention",
         "native_sparse_attention",
         "moba",
+        "local_latent_attention",
+        "global_latent_attention",
     ),
     "BTHKV",
 )
@@ -40,6 +43,13 @@ SMALL = {"B": 2, "T": 1536, "H": 4}
 MODES = {
     op: ("forward",) if op == "select_blocks" else ("forward", "forward_backward") for op in LETTERS
 } | dict.fromkeys(("sparse_attention", "native_sparse_attention", "moba"), ("forward", "forward_backward", "step"))
+HOMES = {
+    "compressed_attention": "native_sparse_attention",
+    "select_blocks": "native_sparse_attention",
+    "local_latent_attention": "alternating_sparse_attention",
+    "global_latent_attention": "alternating_sparse_attention",
+}
+"""The modules of operations that have none of their own name."""
 GLOBALS = 16  # tokens that see all and that all see, of the mask "longformer"
 
 
@@ -52,6 +62,8 @@ def variant(case: Case) -> str:
         return f"{2 * case.stride} every {case.stride}"
     if case.op == "native_sparse_attention":
         return f"{case.chosen} of {case.block_size}, window {case.window}"
+    if case.op == "local_latent_attention":
+        return f"window {case.window}"
     return f"{case.chosen} of {case.block_size}"
 
 
@@ -66,12 +78,16 @@ def shapes(case: Case, step: bool) -> dict[str, jax.ShapeDtypeStruct]:
         given["k_compressed"] = (batch, entries, few, s["K"])
         if case.op == "compressed_attention":
             given["v_compressed"] = (batch, entries, few, s["V"])
+    elif case.op == "local_latent_attention":
+        given |= {"latents": (*leading, s["K"]), "up_k": (s["K"], heads, s["K"]), "up_v": (s["K"], heads, s["V"])}
+    elif case.op == "global_latent_attention":
+        given |= {"latents": (*leading, few, s["K"]), "up_k": (few, s["K"], s["K"]), "up_v": (few, s["K"], s["V"])}
     else:
         given |= {"k": (*leading, few, s["K"]), "v": (*leading, few, s["V"])}
     if step:
         given |= {"k_past": (batch, time - 1, few, s["K"]), "v_past": (batch, time - 1, few, s["V"])}
-    if case.op == "native_sparse_attention":
-        given["gates"] = (*leading, heads, 3)
+    if case.op in ("native_sparse_attention", "global_latent_attention"):
+        given["gates"] = (*leading, heads, 3 if case.op == "native_sparse_attention" else 2)
     arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in given.items()}
     if case.op == "selected_attention":
         arrays["blocks"] = jax.ShapeDtypeStruct((*leading, few, case.chosen), jnp.dtype("int32"))
@@ -79,9 +95,11 @@ def shapes(case: Case, step: bool) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def numbers(case: Case, name: str, random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers, gates in (0, 1); of blocks the query's own and others before it, evenly spaced."""
+    """Normal numbers, projections that keep lengths, gates in (0, 1); blocks: the query's own and, evenly spaced, others."""
     if name != "blocks":
         x = random.standard_normal(shape, np.float32)
+        if name in ("up_k", "up_v"):
+            return x / np.sqrt(case.sizes["K"])
         return 1 / (1 + np.exp(-x)) if name == "gates" else x
     chosen = shape[3]
     own = np.arange(shape[1])[:, None, None] // case.block_size
@@ -111,8 +129,7 @@ def mask(case: Case, time: int) -> Any:
 
 def operation(case: Case, name: str | None) -> Callable[[Arrays], Arrays]:
     """The operation in one of its implementations, from named arrays to named arrays."""
-    home = "native_sparse_attention" if case.op in ("compressed_attention", "select_blocks") else case.op
-    op = getattr(importlib.import_module(f"kernels.{home}"), case.op)
+    op = getattr(importlib.import_module(f"kernels.{HOMES.get(case.op, case.op)}"), case.op)
     result = "blocks" if case.op == "select_blocks" else "out"
     return lambda arrays: {result: op(**arrays, **_options(case, arrays["q"].shape[1]), implementation=name)}
 
@@ -127,6 +144,8 @@ def _options(case: Case, time: int) -> dict[str, Any]:
         "selected_attention": lambda: {"block_size": case.block_size},
         "native_sparse_attention": lambda: compression | selection | {"window": case.window},
         "moba": lambda: {"block_size": case.block_size, "top_k": case.chosen},
+        "local_latent_attention": lambda: {"window": case.window},
+        "global_latent_attention": lambda: compression | selection,
     }[case.op]()
 
 
@@ -170,6 +189,8 @@ def _joined(arrays: Arrays, name: str) -> jax.Array:
 def work(case: Case, mode: Mode, method: str) -> tuple[float, float]:
     """Operations on the keys a query sees, and bytes of each array once (a step: of the keys and values it reads).
 
+    Projections of latents are left out.
+
     Backward: products for scores again, gradients of probabilities, values, queries and keys.
     """
     s = case.sizes
@@ -202,6 +223,8 @@ def _keys(case: Case, method: str, mode: Mode) -> tuple[float, float]:
         "selected_attention": lambda: (chosen, 0),
         "native_sparse_attention": lambda: (compressed + chosen + min(window, past), compressed),
         "moba": lambda: (chosen, past / case.block_size),
+        "local_latent_attention": lambda: (min(window, past), 0),
+        "global_latent_attention": lambda: (compressed + chosen, compressed),
     }[case.op]()
 
 

@@ -18,7 +18,7 @@ def check_shape(op: str, name: str, array: Any, wanted: str, sizes: dict[str, in
         sizes.get(letter, size) == size for letter, size in zip(letters, shape, strict=True)
     )
     if not fits:
-        known = ", ".join(f"{letter}={sizes[letter]}" for letter in letters if letter in sizes)
+        known = ", ".join(f"{letter}={sizes[letter]}" for letter in letters if letter in sizes and letter.isalpha())
         raise ValueError(
             f"{op}: {name}: got shape {tuple(shape)}, wanted [{', '.join(letters)}]{known and ' with '}{known}"
         )

@@ -190,6 +190,8 @@ def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
         ("selected_attention", "--block-size 8 --chosen 4 --mode forward_backward"),
         ("native_sparse_attention", "--stride 4 --block-size 8 --chosen 4 --window 12 --mode forward step"),
         ("moba", "--block-size 8 --chosen 4 --mode forward step"),
+        ("local_latent_attention", "--window 12 --mode forward"),
+        ("global_latent_attention", "--stride 4 --block-size 8 --chosen 4 --mode forward"),
         ("nearest_code", "--against argmin"),
         ("code_statistics", "--against reference"),
     ],
