@@ -95,7 +95,7 @@ def shapes(case: Case, step: bool) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def numbers(case: Case, name: str, random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers, projections that keep lengths, gates in (0, 1), the query's block and others at even distances."""
+    """Normal numbers, projections that keep lengths, gates in (0, 1), the query's block and others evenly apart."""
     if name != "blocks":
         x = random.standard_normal(shape, np.float32)
         if name in ("up_k", "up_v"):
@@ -189,7 +189,7 @@ def _joined(arrays: Arrays, name: str) -> jax.Array:
 def work(case: Case, mode: Mode, method: str) -> tuple[float, float]:
     """Operations on the keys a query sees, and bytes of each array once (a step: of the keys and values it reads).
 
-    Backward: products for scores again, gradients of probabilities, values, queries and keys. Projections of latents are
+    Backward: products for scores again, gradients of probabilities, values, queries, keys. Projections of latents are
     left out.
     """
     s = case.sizes
