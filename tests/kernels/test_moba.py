@@ -179,3 +179,11 @@ def test_errors_of_the_cache():
     cache = moba_cache(arrays["k"], arrays["v"], capacity=64, block_size=8)
     with pytest.raises(ValueError, match=r"^moba_step: cache: got 8 blocks of 64 tokens, wanted them of 16"):
         moba_step(**tokens(arrays, jnp.zeros(2, int)), cache=cache, block_size=16)
+
+
+def test_a_block_that_two_segments_share_counts_with_the_tokens_of_the_later():
+    keys = np.array([-100, -100, 1, 1] + [0.8] * 4 + [0.1] * 4 + [0] * 4, np.float32)
+    ids = jnp.asarray([[0, 0] + [1] * 14])
+    q = jnp.ones((1, 16, 1, 1))
+    chosen = moba_blocks(q, jnp.asarray(keys).reshape(1, 16, 1, 1), block_size=4, top_k=2, segment_ids=ids)
+    np.testing.assert_array_equal(chosen[0, -1, 0], [0, 3])
