@@ -287,7 +287,7 @@ def take_turns(programs: Sequence[tuple[Any, tuple[Any, ...]]], repeats: int) ->
 
 
 def find_overtakings(sweep: Sequence[Sequence[Row]]) -> list[str]:
-    """Where the first contender becomes faster than each other one, interpolated in log T between two shapes."""
+    """Where the first contender becomes faster or slower than each other one, interpolated in log T of two shapes."""
     lines = []
     for number, other in enumerate(sweep[0][1:], start=1):
         rows = [rows[number] for rows in sweep if rows[0].quartiles and rows[number].ratio]
@@ -300,8 +300,9 @@ def find_overtakings(sweep: Sequence[Sequence[Row]]) -> list[str]:
         elif all(ratio <= 0 for _, ratio in points):
             lines.append(f"{pair}: the first is slower up to the longest T")
         for (t0, r0), (t1, r1) in itertools.pairwise(points):
-            if r0 <= 0 < r1:
-                lines.append(f"{pair}: the first is faster from T ≈ {math.exp(t0 - r0 * (t1 - t0) / (r1 - r0)):.0f} on")
+            if (r0 > 0) != (r1 > 0):
+                turn = "faster" if r1 > 0 else "slower"
+                lines.append(f"{pair}: the first is {turn} from T ≈ {math.exp(t0 - r0 * (t1 - t0) / (r1 - r0)):.0f} on")
     return lines
 
 

@@ -336,6 +336,7 @@ def test_the_overtaking_is_interpolated_in_log_time():
             yield [first, other]
 
     assert find_overtakings(list(sweep(0.25, 0.5, 2.0))) == ["ours and theirs: the first is faster from T ≈ 800 on"]
+    assert find_overtakings(list(sweep(2.0, 0.5, 0.25))) == ["ours and theirs: the first is slower from T ≈ 200 on"]
     assert "from the shortest T on" in find_overtakings(list(sweep(2.0, 3.0, 4.0)))[0]
     assert "up to the longest T" in find_overtakings(list(sweep(0.1, 0.2, 0.3)))[0]
 
