@@ -27,6 +27,7 @@ from kernels.decoding import (
     attend,
     block_times,
     check_room,
+    check_window,
     gather_blocks,
     prefix,
     prefix_lengths,
@@ -38,7 +39,7 @@ from kernels.decoding import (
 from kernels.native_sparse_attention.branches import gated_sum
 from kernels.native_sparse_attention.compression import Compress, compress_blocks, compressed_attention, one_each
 from kernels.packing import runs
-from kernels.select_blocks import check_blocks, select_blocks
+from kernels.select_blocks import check_blocks, check_selection, select_blocks
 from kernels.select_blocks.form import Form, compressed_blocks
 from kernels.select_blocks.reference import select_blocks as select_for_query
 from kernels.selected_attention import selected_attention
@@ -179,9 +180,13 @@ def local_latent_cache(
     """The cache of `local_latent_attention_step` after the tokens of latents [B, T, C] and k_rope [B, T, R].
 
     T may be 0. `length` [B]: how many of the T tokens of each row count; all unless given.
+
+    Raises:
+      ValueError: an argument of another shape, dtype or range.
     """
     op = "local_latent_cache"
     sizes: dict[str, int] = {}
+    check_window(op, window)
     check_shape(op, "latents", latents, "B T C", sizes)
     k_rope = jnp.zeros((*latents.shape[:2], 0), latents.dtype) if k_rope is None else k_rope
     check_shape(op, "k_rope", k_rope, "B T R", sizes)
@@ -323,6 +328,8 @@ def global_latent_attention_step(
     check_shape(op, "gates", gates, "B H 2", sizes | {"2": 2})
     compression_block = 2 * stride if compression_block is None else compression_block
     check_blocks(op, block_size, stride, compression_block)
+    form = Form(scale, block_size, stride, compression_block, selected_blocks, initial, local)
+    check_selection(op, form)
     capacity, places = cache.latents.shape[1], cache.compressed.shape[1]
     if capacity % block_size or places != compressed_blocks(capacity, compression_block, stride):
         raise ValueError(f"{op}: cache: got {capacity} tokens and {places} compressed ones, wanted the same options")
@@ -339,7 +346,6 @@ def global_latent_attention_step(
         return written(cache.compressed, new, jnp.where(ends, begin // stride, places))
 
     compressed = lax.cond(jnp.any(ends), added, lambda: cache.compressed)
-    form = Form(scale, block_size, stride, compression_block, selected_blocks, initial, local)
     now, start = time[:, None], jnp.zeros_like(time[:, None])
     grouped = q.reshape(sizes["B"], sizes["G"], -1, sizes["K"])
     query = _up("bghk,gck->bghc", grouped, up_k).reshape(*q.shape[:2], -1)

@@ -99,6 +99,12 @@ def prefix(op: str, x: jax.Array, length: jax.Array, capacity: int) -> jax.Array
     return jnp.pad(jnp.where(come, x, 0), [(0, 0), (0, capacity - time)] + [(0, 0)] * (x.ndim - 2))
 
 
+def check_window(op: str, window: int) -> None:
+    """Raises ValueError unless a ring of so many places holds a token."""
+    if window < 1:
+        raise ValueError(f"{op}: window: got {window}, wanted at least 1")
+
+
 def check_room(op: str, length: Any, capacity: int) -> None:
     """Raises ValueError where a sequence fills its cache already, if the lengths are known and not traced."""
     if not isinstance(length, jax.core.Tracer) and np.any(np.asarray(length) >= capacity):

@@ -11,6 +11,7 @@ from kernels.decoding import (
     attend,
     block_times,
     check_room,
+    check_window,
     gather_blocks,
     prefix,
     prefix_lengths,
@@ -21,7 +22,7 @@ from kernels.decoding import (
 )
 from kernels.native_sparse_attention.branches import Branches, by_branch, by_kind, checked, gated_sum
 from kernels.native_sparse_attention.compression import Compressions, compress_blocks, one_each
-from kernels.select_blocks import check_blocks
+from kernels.select_blocks import check_blocks, check_selection
 from kernels.select_blocks.form import Form, compressed_blocks
 from kernels.select_blocks.reference import select_blocks
 
@@ -79,6 +80,7 @@ def native_sparse_cache(
         check_shape(op, "v", value, "B T G V", sizes)
     compression_block = 2 * stride if compression_block is None else compression_block
     check_blocks(op, block_size, stride, compression_block)
+    check_window(op, window)
     capacity = -(-capacity // block_size) * block_size
     length = prefix_lengths(op, length, sizes)
     pairs = [tuple(prefix(op, x, length, capacity) for x in pair) for pair in zip(keys, values, strict=True)]
@@ -139,6 +141,7 @@ def native_sparse_attention_step(
     check_blocks(op, block_size, stride, compression_block)
     scale = sizes["K"] ** -0.5 if scale is None else float(scale)
     form = Form(scale, block_size, stride, compression_block, selected_blocks, initial, local)
+    check_selection(op, form)
     capacity = cache.selected[0].shape[1]
     _check_cache(op, cache, form, window)
     check_room(op, cache.length, capacity)

@@ -69,13 +69,9 @@ def select_blocks(
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ValueError(f"{op}: k_compressed: got {sizes['G']} heads, wanted a divisor of the {sizes['H']} of q")
     check_blocks(op, block_size, stride, compression_block)
-    if initial < 0 or local < 0 or selected_blocks < max(initial + local, 1):
-        raise ValueError(
-            f"{op}: selected_blocks: got {selected_blocks}, wanted at least 1 and at least initial + local, "
-            f"got {initial} + {local}"
-        )
     scale = sizes["K"] ** -0.5 if scale is None else float(scale)
     form = Form(scale, block_size, stride, compression_block, selected_blocks, initial, local)
+    check_selection(op, form)
     wanted = compressed_blocks(sizes["T"], compression_block, stride)
     if sizes["N"] != wanted:
         raise ValueError(f"{op}: k_compressed: got N={sizes['N']}, wanted {wanted} for T={sizes['T']}")
@@ -101,3 +97,12 @@ def check_blocks(op: str, block_size: int, stride: int, compression_block: int) 
     for name, size in (("block_size", block_size), ("compression_block", compression_block)):
         if size < 1 or size % stride:
             raise ValueError(f"{op}: {name}: got {size}, wanted a positive multiple of stride {stride}")
+
+
+def check_selection(op: str, form: Form) -> None:
+    """Raises ValueError unless a query gets at least one block and all that are forced."""
+    if form.initial < 0 or form.local < 0 or form.selected < max(form.initial + form.local, 1):
+        raise ValueError(
+            f"{op}: selected_blocks: got {form.selected}, wanted at least 1 and at least initial + local, "
+            f"got {form.initial} + {form.local}"
+        )
