@@ -18,6 +18,7 @@ from benchmarks.kernels import find_overtakings, main, take_turns
 from zoo.errors import ZooError
 
 WIDE = {"B": 1, "T": 1, "H": 1, "K": 128, "V": 128}
+RESULTS = {"select_blocks": {"blocks"}, "nearest_code": {"codes"}, "code_statistics": {"counts", "sums"}}
 TINY = {
     "linear_attention": "B1,T70,H2,K8,V8",
     "delta_rule": "B1,T70,H2,K8,V8",
@@ -212,7 +213,7 @@ def test_every_mode_measures_and_writes_json(op, options, tmp_path):
         assert row["problem"] == ""
         assert row["flops_per_second"] > 0
         assert row["temporary_bytes"] >= 0
-        assert row["errors"]
+        assert set(row["errors"]) >= RESULTS.get(op, {"out"})
         assert ("d_" in "".join(row["errors"])) == (row["mode"] == "forward_backward")
 
 
