@@ -1,7 +1,7 @@
 """Full, causal and windowed attention on NVIDIA GPUs: cuDNN's kernels do that already, forward and backward.
 
-They are reached through `jax.nn.dot_product_attention`, which also says what they do not take. Their gradients may differ
-in the last bits from call to call, unless XLA is told to be deterministic (`--xla_gpu_deterministic_ops=true`).
+They are reached through `jax.nn.dot_product_attention`, which also says what they do not take. Gradients may differ in
+the last bits from call to call, unless XLA is told to be deterministic (`--xla_gpu_deterministic_ops=true`).
 """
 
 from typing import Any
