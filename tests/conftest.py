@@ -11,7 +11,9 @@ from jaxtyping import install_import_hook
 from zoo.data.fetch import fetch
 
 # Shapes and dtypes in signatures are checked in tests, and only there. Before the modules are first imported.
-install_import_hook(["zoo.encoders", "zoo.objectives"], "beartype.beartype")
+install_import_hook(
+    ["zoo.attention", "zoo.encoders", "zoo.layers", "zoo.objectives", "zoo.state_space"], "beartype.beartype"
+)
 
 # Before anything uses JAX: tests of sharding want several devices, and the CPU can pretend to be them.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -28,6 +28,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from zoo.errors import ZooError
+from zoo.layers.parameters import partitioned
+from zoo.layers.residual import REMAT, drop_path
 from zoo.registry import Card, register
 from zoo.sensors import KINDS, LABRAM_NAMES
 from zoo.types import AnyArray, Array, Encoded, Sensors
@@ -35,17 +37,7 @@ from zoo.types import AnyArray, Array, Encoded, Sensors
 ROWS = 129
 """Rows of the electrode table: row 0 is CLS, row 1 + i the i-th of LaBraM's names; the last 8 of its 136 do not fit."""
 
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 _WEIGHT_INIT = nn.initializers.truncated_normal(0.02)
-
-
-def _partitioned(init: Any, *names: str | None) -> Any:
-    return nn.with_logical_partitioning(init, names)
 
 
 class GroupNorm(nn.Module):
@@ -60,8 +52,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N S F"], valid: Bool[Array, "B N"]) -> Float[Array, "B N S F"]:
         features = x.shape[-1]
-        scale = self.param("scale", _partitioned(nn.initializers.ones, None), (features,))
-        bias = self.param("bias", _partitioned(nn.initializers.zeros, None), (features,))
+        scale = self.param("scale", partitioned(nn.initializers.ones, None), (features,))
+        bias = self.param("bias", partitioned(nn.initializers.zeros, None), (features,))
         grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, features // self.groups)
 
         def mean(values: Array) -> Array:
@@ -90,8 +82,8 @@ class TemporalConv(nn.Module):
                 (width,),
                 strides=(stride,),
                 padding=[(width // 2, width // 2)],
-                kernel_init=_partitioned(_WEIGHT_INIT, None, None, None),
-                bias_init=_partitioned(nn.initializers.zeros, None),
+                kernel_init=partitioned(_WEIGHT_INIT, None, None, None),
+                bias_init=partitioned(nn.initializers.zeros, None),
                 dtype=self.dtype,
                 name=f"conv{layer}",
             )(x)
@@ -118,8 +110,8 @@ class Attention(nn.Module):
                 (dim, self.heads, width),
                 "bnd,dhk->bnhk",
                 use_bias=bias,
-                kernel_init=_partitioned(_WEIGHT_INIT, "embed", "heads", "head_width"),
-                bias_init=_partitioned(nn.initializers.zeros, "heads", "head_width"),
+                kernel_init=partitioned(_WEIGHT_INIT, "embed", "heads", "head_width"),
+                bias_init=partitioned(nn.initializers.zeros, "heads", "head_width"),
                 dtype=self.dtype,
                 name=name,
             )(x)
@@ -133,8 +125,8 @@ class Attention(nn.Module):
         return nn.Einsum(
             (self.heads, width, dim),
             "bnhk,hkd->bnd",
-            kernel_init=_partitioned(_scaled(self.depth_scale), "heads", "head_width", "embed"),
-            bias_init=_partitioned(nn.initializers.zeros, "embed"),
+            kernel_init=partitioned(_scaled(self.depth_scale), "heads", "head_width", "embed"),
+            bias_init=partitioned(nn.initializers.zeros, "embed"),
             dtype=self.dtype,
             name="out",
         )(mixed)
@@ -161,28 +153,26 @@ class Block(nn.Module):
 
         def residual(name: str, branch: Array) -> Array:
             if self.layer_scale:
-                scale = self.param(name, _partitioned(nn.initializers.constant(self.layer_scale), "embed"), (dim,))
+                scale = self.param(name, partitioned(nn.initializers.constant(self.layer_scale), "embed"), (dim,))
                 branch = branch * scale.astype(branch.dtype)
             if self.train:
-                keep = 1.0 - drop
-                kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
-                branch = jnp.where(kept, branch / keep.astype(branch.dtype), 0)
+                branch = drop_path(branch, drop, self.make_rng("dropout"))
             return nn.with_logical_constraint(branch, ("batch", None, None))
 
         attention = Attention(self.heads, self.qkv_bias, self.qk_norm, depth_scale, self.dtype, name="attention")
         x = x + residual("attention_scale", attention(_layer_norm("attention_norm", self.dtype)(x), valid))
         hidden = nn.Dense(
             dim * self.mlp_ratio,
-            kernel_init=_partitioned(_WEIGHT_INIT, "embed", "mlp"),
-            bias_init=_partitioned(nn.initializers.zeros, "mlp"),
+            kernel_init=partitioned(_WEIGHT_INIT, "embed", "mlp"),
+            bias_init=partitioned(nn.initializers.zeros, "mlp"),
             dtype=self.dtype,
             name="mlp_in",
         )(_layer_norm("mlp_norm", self.dtype)(x))
         hidden = nn.with_logical_constraint(nn.gelu(hidden, approximate=False), ("batch", None, "mlp"))
         out = nn.Dense(
             dim,
-            kernel_init=_partitioned(_scaled(depth_scale), "mlp", "embed"),
-            bias_init=_partitioned(nn.initializers.zeros, "embed"),
+            kernel_init=partitioned(_scaled(depth_scale), "mlp", "embed"),
+            bias_init=partitioned(nn.initializers.zeros, "embed"),
             dtype=self.dtype,
             name="mlp_out",
         )(hidden)
@@ -246,12 +236,12 @@ class LaBraM(nn.Module):
         x = nn.with_logical_constraint(embed(patches, valid), ("batch", "tokens", None))
         table_init = nn.initializers.truncated_normal(self.table_std)
         if mask is not None:
-            token = self.param("embed_mask", _partitioned(table_init, "embed"), (self.dim,)).astype(x.dtype)
+            token = self.param("embed_mask", partitioned(table_init, "embed"), (self.dim,)).astype(x.dtype)
             x = jnp.where(mask.reshape(batch, -1, 1), token, x)
 
-        electrode = self.param("embed_electrode", _partitioned(table_init, None, "embed"), (ROWS, self.dim))
-        time = self.param("embed_time", _partitioned(table_init, None, "embed"), (self.max_patches, self.dim))
-        cls = self.param("embed_cls", _partitioned(table_init, "embed"), (self.dim,))
+        electrode = self.param("embed_electrode", partitioned(table_init, None, "embed"), (ROWS, self.dim))
+        time = self.param("embed_time", partitioned(table_init, None, "embed"), (self.max_patches, self.dim))
+        cls = self.param("embed_cls", partitioned(table_init, "embed"), (self.dim,))
         # Made whole before rows are taken of it: from a split table XLA would copy the batch to every device.
         electrode = nn.with_logical_constraint(electrode, (None, None))
         rows = electrode_rows(sensors)
@@ -363,8 +353,8 @@ def _layer_norm(name: str, dtype: DTypeLike, axis: str = "embed") -> nn.LayerNor
     return nn.LayerNorm(
         epsilon=1e-6,
         dtype=dtype,
-        scale_init=_partitioned(nn.initializers.ones, axis),
-        bias_init=_partitioned(nn.initializers.zeros, axis),
+        scale_init=partitioned(nn.initializers.ones, axis),
+        bias_init=partitioned(nn.initializers.zeros, axis),
         name=name,
     )
 

@@ -1,0 +1,260 @@
+"""Every mixer keeps its contract: `zoo.layers.mixer.Mixer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zoo.errors import ZooError
+from zoo.layers.backbone import Backbone
+from zoo.layers.block import Block
+from zoo.layers.mixer import MIXERS, Mixer, create_mixer
+from zoo.train.config import Rules
+from zoo.train.mesh import logical_rules, parameter_shardings
+
+QUICK = {"xla_backend_optimization_level": 0}  # each program runs once: the last optimisations only cost time
+DIM, BATCH, LENGTH = 32, 2, 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixer with small options.
+
+    parameters  what the card's wiring comes to at D = 32, counted by hand in the comment beside it
+    border      where a second segment begins; a multiple of the block for mixers that lie on a grid of blocks
+    rounding    RMS error of bfloat16 against float32, relative; more where a choice can flip
+    idle        parameters without gradient, by a part of their path, and why
+    """
+
+    mixer: str
+    parameters: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    border: int = 10
+    rounding: float = 0.03
+    idle: Mapping[str, str] = field(default_factory=dict)
+
+    def create(self, **options: Any) -> Mixer:
+        return create_mixer(self.mixer, DIM, **{**self.options, **options})
+
+
+CASES = {
+    # q, k, v and out: 4 · 32².
+    "linear": Case("linear", 4096, {"heads": 2}),
+    "linear relu rms": Case("linear", 4096 + 16, {"heads": 2, "features": "relu", "normalise": "rms"}),
+    "linear dpfp": Case("linear", 4096, {"heads": 2, "features": "dpfp2"}),
+    "linear both ways": Case("linear", 4096, {"heads": 2, "causal": False}),
+    # q, k, v and out; grouped: q and out 32² each, k and v of two heads of four 32 · 16 each, two norms of 8.
+    "softmax": Case("softmax", 4096, {"heads": 2}),
+    "softmax grouped": Case("softmax", 3072 + 16, {"heads": 4, "kv_heads": 2, "qk_norm": True}),
+    "softmax both ways, 3-D": Case("softmax", 4096, {"heads": 2, "causal": False, "grid": (2, 3, 4), "base": 100.0}),
+}
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+@cache
+def prepared(name: str) -> tuple[Mixer, Any]:
+    """The mixer and its boxed variables, moved off their initial values so that zeros and ones do not hide a slip."""
+    mixer = CASES[name].create()
+    variables = jax.jit(mixer.init, compiler_options=QUICK)(jax.random.key(0), normal(1, BATCH, LENGTH, DIM))
+    leaves, tree = jax.tree.flatten(variables["params"])
+    moved = [x + 0.05 * normal(n, *x.shape).astype(x.dtype) for n, x in enumerate(leaves)]
+    return mixer, {**variables, "params": jax.tree.unflatten(tree, moved)}
+
+
+def run(mixer: Mixer, variables: Any, x: jax.Array, **options: Any) -> np.ndarray:
+    """The mixer's outputs, compiled quickly."""
+    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    return np.asarray(_apply(mixer, variables, x, arrays), np.float32)
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _apply(mixer: Mixer, variables: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    return mixer.apply(nn.unbox(variables), x, **arrays)
+
+
+def close(got: Any, wanted: Any, tolerance: float = 2e-5) -> None:
+    np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * max(1e-3, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_parameters_and_gradients(name):
+    case, (mixer, variables) = CASES[name], prepared(name)
+    x, cotangent = normal(1, BATCH, LENGTH, DIM), normal(2, BATCH, LENGTH, DIM)
+    parameters = nn.unbox(variables["params"])
+    others = {key: value for key, value in nn.unbox(variables).items() if key != "params"}
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == case.parameters
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def pulled(parameters: Any, x: jax.Array) -> Any:
+        out, vjp = jax.vjp(lambda parameters, x: mixer.apply({"params": parameters, **others}, x), parameters, x)
+        return out, vjp(cotangent)
+
+    out, (d_parameters, d_x) = pulled(parameters, x)
+    assert out.shape == x.shape
+    assert out.dtype == jnp.float32
+    assert np.isfinite(out).all()
+    assert np.isfinite(d_x).all()
+    assert np.abs(d_x).max() > 0
+    for path, gradient in jax.tree_util.tree_leaves_with_path(d_parameters):
+        place = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert np.isfinite(gradient).all(), place
+        assert np.abs(gradient).max() > 0 or any(part in place for part in case.idle), f"{place} has no gradient"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sees_no_later_token_where_causal(name):
+    mixer, variables = prepared(name)
+    x = normal(1, BATCH, LENGTH, DIM)
+    changed = x.at[:, 15:].set(3 * normal(3, BATCH, LENGTH - 15, DIM))
+    before, after = run(mixer, variables, x), run(mixer, variables, changed)
+    assert np.abs(before[:, 15:] - after[:, 15:]).max() > 1e-3
+    if mixer.causal:
+        close(after[:, :15], before[:, :15], 1e-6)
+    else:
+        assert np.abs(before[:, :15] - after[:, :15]).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_step_by_step_equals_parallel(name):
+    mixer, variables = prepared(name)
+    x = normal(1, BATCH, LENGTH, DIM)
+    if not mixer.causal:
+        with pytest.raises(ZooError, match="is not causal: it has no step-by-step form"):
+            mixer.apply(nn.unbox(variables), BATCH, LENGTH, method="initial_state")
+        return
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def streamed(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        state = mixer.apply(variables, BATCH, LENGTH, method="initial_state")
+
+        def step(state: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+            out, state = mixer.apply(variables, token, state, method="step")
+            return state, out
+
+        return jnp.swapaxes(jax.lax.scan(step, state, jnp.swapaxes(x, 0, 1))[1], 0, 1)
+
+    close(streamed(nn.unbox(variables), x), run(mixer, variables, x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_equals_separate(name):
+    mixer, variables = prepared(name)
+    border, x = CASES[name].border, normal(1, BATCH, LENGTH, DIM)
+    ids = jnp.broadcast_to(jnp.where(jnp.arange(LENGTH) < border, 7, 3), (BATCH, LENGTH))
+    other = x.at[:, :border].set(normal(3, BATCH, border, DIM)), x.at[:, border:].set(0)
+    packed, *alone = (run(mixer, variables, each, segment_ids=ids) for each in (x, *other))
+    assert np.isfinite(packed).all()
+    close(alone[0][:, border:], packed[:, border:], 1e-6)
+    close(alone[1][:, :border], packed[:, :border], 1e-6)
+    close(run(mixer, variables, x, segment_ids=jnp.zeros_like(ids)), run(mixer, variables, x), 1e-6)
+    if mixer.causal:
+        # The second segment is what it would be at the start of a row.
+        moved = jnp.roll(x, -border, axis=1)
+        close(run(mixer, variables, moved)[:, : LENGTH - border], packed[:, border:])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_does_not_see_tokens_that_are_not_there(name):
+    mixer, variables = prepared(name)
+    x = normal(1, BATCH, LENGTH, DIM)
+    there = np.ones((BATCH, LENGTH), bool)
+    there[0, 5:8], there[1, 20:] = False, False
+    changed = jnp.where(there[..., None], x, 100.0)
+    before, after = (run(mixer, variables, each, mask=jnp.asarray(there)) for each in (x, changed))
+    assert np.isfinite(after).all()
+    close(after[there], before[there], 1e-6)
+    whole = run(mixer, variables, x)
+    close(run(mixer, variables, x, mask=jnp.ones_like(there)), whole, 1e-6)
+    assert np.abs(before[there] - whole[there]).max() > 1e-5, "the tokens left out made no difference"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_within_rounding(name):
+    mixer, variables = prepared(name)
+    x = normal(1, BATCH, LENGTH, DIM)
+    rough = CASES[name].create(dtype=jnp.bfloat16)
+    out = _apply(rough, variables, x.astype(jnp.bfloat16), {})
+    assert out.dtype == jnp.bfloat16
+    wanted = run(mixer, variables, x)
+    error = np.sqrt(np.mean((np.asarray(out, np.float32) - wanted) ** 2) / np.mean(wanted**2))
+    assert error < CASES[name].rounding
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_over_devices_equals_whole(name):
+    mixer, boxed = prepared(name)
+    x, cotangent = normal(1, BATCH, LENGTH, DIM), normal(2, BATCH, LENGTH, DIM)
+    rules = Rules()
+    mesh = jax.make_mesh(
+        (1, 1, 2, 2, 2), ("slice", "data", "fsdp", "tensor", "sequence"), axis_types=(AxisType.Auto,) * 5
+    )
+
+    def pulled(variables: Any, x: jax.Array) -> Any:
+        out, vjp = jax.vjp(lambda variables, x: mixer.apply(variables, x), variables, x)
+        return out, vjp(cotangent)
+
+    variables = nn.unbox(boxed)  # with a mesh in force, flax would place them itself
+    wanted = jax.jit(pulled, compiler_options=QUICK)(variables, x)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
+        split = jax.device_put(variables, parameter_shardings(boxed, rules, mesh))
+        tokens = jax.device_put(x, NamedSharding(mesh, P("fsdp", "sequence")))
+        got = jax.jit(pulled, compiler_options=QUICK)(split, tokens)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scanned_layers_equal_layers_in_turn(name):
+    case = CASES[name]
+    options = {"mixer_options": {case.mixer: case.options}, "mlp": "gelu", "mlp_options": {"hidden": 8}}
+    stack = Backbone(DIM, (case.mixer,) * 2, **options)
+    x = normal(1, BATCH, LENGTH, DIM)
+    variables = nn.unbox(jax.jit(stack.init, compiler_options=QUICK)(jax.random.key(0), x))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def scanned(variables: Any, x: jax.Array) -> Any:
+        return stack.apply(variables, x, intermediates=True)
+
+    block = Block(DIM, case.mixer, "gelu", case.options, {"hidden": 8})
+    one = jax.jit(block.apply, compiler_options=QUICK)
+    final, outs = scanned(variables, x)
+    for n in range(2):
+        own = {
+            key: jax.tree.map(lambda leaf, n=n: leaf[n], part["layers"]["blocks_0"]) for key, part in variables.items()
+        }
+        x = one(own, x)
+        close(outs[n], x)
+    norm = nn.RMSNorm(epsilon=1e-6).apply({"params": variables["params"]["final_norm"]}, x)
+    close(final, norm)
+
+
+def test_every_mixer_has_a_case():
+    assert {case.mixer for case in CASES.values()} == set(MIXERS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: create_mixer("gated_delta", 32),
+            r"no mixer is called 'gated_delta'; the nearest name is 'gated_deltanet'",
+        ),
+        (lambda: create_mixer("linear", 32, head=2), r"mixer 'linear' has no option 'head'; the nearest is 'heads'"),
+    ],
+)
+def test_wrong_names_are_named(call: Callable[[], Any], message: str):
+    with pytest.raises(ZooError, match=message):
+        call()

@@ -1,0 +1,1 @@
+"""Mixers whose memory is the tokens."""

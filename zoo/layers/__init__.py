@@ -1,0 +1,1 @@
+"""Bricks that two or more models are built of, and the stack that holds any mixer."""

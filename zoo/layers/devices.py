@@ -1,0 +1,113 @@
+"""Kernels on the mesh a model runs under: each device works on its own examples and heads.
+
+The compiler cannot split a kernel, so it is run inside `jax.shard_map`. Where arrays lie follows from their logical
+axes and the rules in force (`flax.linen.logical_axis_rules`, `jax.set_mesh`), as everywhere in a model. Without a mesh
+these functions only call the operation. An axis that does not divide among its devices stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from kernels import sequence
+from kernels.delta_rule import delta_rule as whole_delta_rule
+from kernels.linear_attention import linear_attention as whole_linear_attention
+from kernels.linear_scan import linear_scan as whole_linear_scan
+from zoo.types import Array
+
+Axes = tuple[str | None, ...]
+
+
+def on_devices(op: Callable[..., Any], arrays: Sequence[Array], axes: Sequence[Axes], out_axes: Any) -> Any:
+    """`op(*arrays)`, each device on its part.
+
+    `axes` are the logical axes of each array, `out_axes` those of the result (a pytree of them for several). An axis
+    that is None is whole on every device while `op` runs. One name is split in all arrays or in none.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return op(*arrays)
+    names = _split_names(mesh, arrays, axes)
+
+    def spec(axes: Axes) -> PartitionSpec:
+        return PartitionSpec(*(names.get(axis) if axis else None for axis in axes))
+
+    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
+    run = jax.shard_map(op, mesh=mesh, in_specs=tuple(map(spec, axes)), out_specs=out_specs, check_vma=False)
+    return run(*arrays)
+
+
+def linear_attention(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
+    """`kernels.linear_attention.linear_attention` on the mesh; tokens may be split, then only states travel."""
+    place = _recurrence((q, k, v), options, heads=True)
+    if place is None:
+        return whole_linear_attention(q, k, v, **options)
+    return sequence.linear_attention(q, k, v, mesh=place[0], spec=place[1], **options)
+
+
+def delta_rule(q: Array, k: Array, v: Array, beta: Array, **options: Any) -> tuple[Array, Array]:
+    """`kernels.delta_rule.delta_rule` on the mesh; tokens may be split, then only states travel."""
+    place = _recurrence((q, k, v, beta), options, heads=True)
+    if place is None:
+        return whole_delta_rule(q, k, v, beta, **options)
+    return sequence.delta_rule(q, k, v, beta, mesh=place[0], spec=place[1], **options)
+
+
+def linear_scan(x: Array, log_decay: Array, **options: Any) -> tuple[Array, Array]:
+    """`kernels.linear_scan.linear_scan` of [B, T, *F] on the mesh; tokens may be split, then only states travel."""
+    place = _recurrence((x,), options, heads=False)
+    if place is None:
+        return whole_linear_scan(x, log_decay, **options)
+    return sequence.linear_scan(x, log_decay, mesh=place[0], spec=place[1], **options)
+
+
+def _recurrence(arrays: Sequence[Array], options: dict[str, Any], heads: bool) -> tuple[Any, PartitionSpec] | None:
+    """The mesh and how [B, T, H or F, ...] lie on it; None without a mesh."""
+    mesh = _mesh()
+    if mesh is None:
+        return None
+    axes: Axes = ("batch", "tokens", "heads" if heads else "mlp")
+    decay = options.get("log_decay") if heads else None
+    given = [*arrays, *([decay] if decay is not None and decay.ndim > 2 else [])]
+    names = _split_names(mesh, [x[..., None] if x.ndim < 3 else x for x in given], [axes] * len(given))
+    tokens = names.get("tokens")
+    if isinstance(tokens, tuple):
+        # kernels.sequence exchanges states along one axis.
+        names["tokens"] = tokens[0] if len(tokens) == 1 else None
+    return mesh, PartitionSpec(*(names.get(axis) if axis else None for axis in axes))
+
+
+def _mesh() -> AbstractMesh | None:
+    """The mesh in force that a rule splits something over; None where there is none, or where a device is alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes or not nn.get_logical_axis_rules():
+        return None
+    return mesh
+
+
+def _split_names(mesh: AbstractMesh, arrays: Sequence[Array], axes: Sequence[Axes]) -> dict[str, Any]:
+    """Logical axis → mesh axes, for those names whose every size divides among them."""
+    sizes: dict[str, set[int]] = {}
+    for array, own in zip(arrays, axes, strict=True):
+        for axis, size in zip(own, array.shape, strict=False):
+            if axis is not None:
+                sizes.setdefault(axis, set()).add(size)
+    rules = dict(nn.get_logical_axis_rules())
+    names = {}
+    for axis, found in sizes.items():
+        rule = rules.get(axis) or ()
+        over = tuple(each for each in ((rule,) if isinstance(rule, str) else rule) if mesh.shape.get(each, 1) > 1)
+        parts = math.prod(mesh.shape[each] for each in over)
+        if over and all(size % parts == 0 for size in found):
+            names[axis] = over
+    return names
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(each is None or isinstance(each, str) for each in x)
