@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kernels.packing import runs
-from zoo.layers.parameters import partitioned
+from zoo.layers.parameters import LIKE_TORCH, partitioned
 from zoo.types import Array
 
 
@@ -16,20 +18,21 @@ class ShortConvolution(nn.Module):
     """y_t = sum over j < width of kernel_j · x_{t−width+1+j} (+ bias), every feature on its own (Mamba, 2312.00752).
 
     Tokens before the sequence, of another segment, or that are not there count as zeros. kernel [width, F], its last
-    row for the token itself; drawn from ±width^-½ as PyTorch's Conv1d.
+    row for the token itself.
 
     features, width   F and how many tokens are seen
     bias              whether there is one
+    init              of the kernel; uniform in ±width^-½ unless given, as PyTorch's Conv1d
     """
 
     features: int
     width: int = 4
     bias: bool = False
+    init: Any = LIKE_TORCH
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", 0, 1)
-        self.kernel = self.param("kernel", partitioned(uniform, None, "mlp"), (self.width, self.features))
+        self.kernel = self.param("kernel", partitioned(self.init, None, "mlp"), (self.width, self.features))
         if self.bias:
             self.offset = self.param("bias", partitioned(nn.initializers.zeros, "mlp"), (self.features,))
 

@@ -11,6 +11,9 @@ from jax.typing import DTypeLike
 
 from zoo.errors import ZooError
 
+LIKE_TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""Uniform in ±fan_in^-½: how PyTorch's Linear draws its kernel, and so how papers with code in it do."""
+
 
 def partitioned(init: Any, *axes: str | None) -> Any:
     """The initialiser, its parameters boxed with logical axis names."""
