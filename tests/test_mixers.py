@@ -48,11 +48,30 @@ class Case:
 
 
 CASES = {
+    # H · K = 16, V = 8: q and k 32 · 16 each, v, gate and out 32² each, decay 32 · 16 + 16 · 16 + 16, norm 8.
+    "gla": Case("gla", 1024 + 3072 + 784 + 8),
+    # Convolutions of 4 over 16 + 16 + 32 features.
+    "gla convolved": Case("gla", 1024 + 3072 + 784 + 8 + 256, {"convolution": 4, "lowest_decay": -0.05}),
+    # V = 2 K = 32: q and k 32² each, v, gate and out 32 · 64 each, norm 32; Lightning with V = K: 5 · 32² and norm 16.
+    "retention": Case("retention", 2048 + 6144 + 32, {"heads": 2}),
+    "retention lightning": Case(
+        "retention",
+        5120 + 16,
+        {"heads": 2, "expand_value": 1.0, "decay": "lightning", "layer": 1, "layers": 4, "silu": True, "gate": "sigmoid"},
+    ),
+    "retention both ways": Case("retention", 2048 + 6144 + 32, {"heads": 2, "causal": False}),
     # q, k, v and out: 4 · 32².
     "linear": Case("linear", 4096, {"heads": 2}),
     "linear relu rms": Case("linear", 4096 + 16, {"heads": 2, "features": "relu", "normalise": "rms"}),
     "linear dpfp": Case("linear", 4096, {"heads": 2, "features": "dpfp2"}),
     "linear both ways": Case("linear", 4096, {"heads": 2, "causal": False}),
+    # In and gate 32 · 64 each, convolution 64 · (4 + 1), selection 64 · (2 + 2 · 16), its map 2 · 64 with a bias of 64,
+    # A 64 · 16, D 64, out 64 · 32.
+    "mamba": Case("mamba", 4096 + 320 + 2176 + 192 + 1024 + 64 + 2048),
+    # Gate and input 32 · 48 + 48 each, convolution 48 · (4 + 1), two block maps of 2 · 24² + 48, decay 48, out 48 · 32 +
+    # 32; complex: block maps of 2 · 24 · 12 + 24, decay and angle 24 each.
+    "rg_lru": Case("rg_lru", 3168 + 240 + 2 * 1200 + 48 + 1568, {"heads": 2, "features": 48}),
+    "rg_lru complex": Case("rg_lru", 3168 + 240 + 2 * 600 + 48 + 1568, {"heads": 2, "features": 48, "real": False}),
     # q, k, v and out; grouped: q and out 32² each, k and v of two heads of four 32 · 16 each, two norms of 8.
     "softmax": Case("softmax", 4096, {"heads": 2}),
     "softmax grouped": Case("softmax", 3072 + 16, {"heads": 4, "kv_heads": 2, "qk_norm": True}),
