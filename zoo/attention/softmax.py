@@ -8,39 +8,25 @@ Gemma 3 and Qwen 3.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from kernels.decoding import attend as attend_to_cache
-from kernels.decoding import written
+from kernels.decoding import prefix
 from kernels.packing import runs
 from kernels.sparse_attention import Causal, Full, Mask, sparse_attention
+from zoo.attention.caches import Cache, KeepAll, KeyValueCache, Policy
 from zoo.errors import ZooError
 from zoo.layers.devices import on_devices
-from zoo.layers.mixer import Mixer, head_count
+from zoo.layers.mixer import Mixer, State, head_count
 from zoo.layers.parameters import merge_heads, norm, split_heads
 from zoo.layers.rotary import BASE, grid_positions, rotate, times
 from zoo.types import Array
 
 HEADS = ("batch", None, "heads", None)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KeyValueCache:
-    """Keys and values of the tokens so far, and how many there are."""
-
-    k: Array
-    """[B, S, G, K]; S is the capacity."""
-    v: Array
-    """[B, S, G, K]"""
-    length: Array
-    """[B] int32"""
 
 
 class Softmax(Mixer):
@@ -53,7 +39,10 @@ class Softmax(Mixer):
     grid       sizes of one to four axes whose product is T, for rotary positions of so many axes; () is time alone
     base       of the rotary angles
     bias       on the projections
+    cache      what streaming keeps of the tokens so far: `KeepAll`, `KeepWindow`, `TaskKV` (`zoo.attention.caches`)
     causal     False lets every token see all
+
+    Mixers that differ in what is compared with what, and how, are subclasses.
     """
 
     heads: int | None = None
@@ -63,6 +52,7 @@ class Softmax(Mixer):
     grid: tuple[int, ...] = ()
     base: float = BASE
     bias: bool = False
+    cache: Policy = KeepAll()
 
     ways = (True, False)
 
@@ -85,33 +75,43 @@ class Softmax(Mixer):
         train: bool = False,
     ) -> Float[Array, "B T D"]:
         q, k, v = self.projected(x, self.positions(x.shape[1], segment_ids))
-        return self.out(masked_attention(q, k, v, self.sight(), segment_ids=segment_ids, mask=mask))
+        return self.read_out(x, self.mixed(q, k, v, segment_ids, mask))
 
-    def initial_state(self, batch: int, capacity: int = 2048) -> KeyValueCache:
+    def initial_state(self, batch: int, capacity: int = 2048) -> State:
         self.check_causal()
         _, groups, width = self.head_sizes()
-        empty = jnp.zeros((batch, capacity, groups, width), self.dtype)
-        return KeyValueCache(empty, empty, jnp.zeros(batch, jnp.int32))
+        return self.cache.empty(batch, capacity, groups, width, self.dtype)
 
-    def step(self, x: Float[Array, "B D"], state: KeyValueCache) -> tuple[Float[Array, "B D"], KeyValueCache]:
+    def prefill(
+        self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """A prompt [B, T, D] at once → what `step` would give for its tokens one by one, and the state after them.
+
+        length [B]: so many tokens of each row count; all unless given. Outputs are those of all tokens before, also
+        where the cache keeps fewer. Raises ZooError where the capacity is less than T.
+        """
+        self.check_causal()
+        batch, time, _ = x.shape
+        if capacity < time:
+            raise ZooError(f"{type(self).__name__}: capacity: got {capacity}, wanted room for the {time} tokens given")
+        q, k, v = self.projected(x, self.positions(time, None))
+        mask = None if length is None else jnp.arange(time) < length[:, None]
+        out = self.read_out(x, self.mixed(q, k, v, None, mask))
+        length = jnp.full(batch, time, jnp.int32) if length is None else length
+        return out, self.remembered(q, k, v, length, capacity)
+
+    def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One token. A row whose cache is full gives NaN, and nothing is written."""
-        q, k, v = (y[:, 0] for y in self.projected(x[:, None], state.length[:, None]))
-        time, capacity = state.length, state.k.shape[1]
-        keys, values = written(state.k, k, time), written(state.v, v, time)
-        seen = jnp.arange(capacity) <= time[:, None]
-        mixed = attend_to_cache(q, keys, values, visible=seen[..., None], scale=q.shape[-1] ** -0.5)
-        full = time >= capacity
-        mixed = jnp.where(full[:, None, None], jnp.nan, mixed)
-        return self.out(mixed), KeyValueCache(keys, values, jnp.where(full, time, time + 1))
+        token = x[:, None]
+        q, k, v = (y[:, 0] for y in self.projected(token, self.place(state.length)))
+        mixed, state = self.recalled(q, k, v, state)
+        return self.read_out(token, mixed[:, None])[:, 0], state
 
     @nn.nowrap
     def head_sizes(self) -> tuple[int, int, int]:
         """(H, G, K). Raises ZooError where they do not divide."""
         heads = head_count(type(self).__name__, self.dim, self.heads)
-        groups = heads if self.kv_heads is None else self.kv_heads
-        if groups < 1 or heads % groups:
-            raise ZooError(f"{type(self).__name__}: {heads} heads do not divide into {groups} kv_heads")
-        return heads, groups, self.dim // heads
+        return heads, group_count(type(self).__name__, heads, self.kv_heads), self.dim // heads
 
     @nn.nowrap
     def sight(self) -> Mask:
@@ -127,14 +127,54 @@ class Softmax(Mixer):
             raise ZooError(f"{type(self).__name__}: grid {self.grid} has not the {length} places of the input")
         return grid_positions(*self.grid)
 
+    @nn.nowrap
+    def place(self, time: Array) -> Array:
+        """[B] times → positions [B, 1] or, on a grid, [B, 1, A]."""
+        return grid_positions(*self.grid)[0, time][:, None] if self.grid else time[:, None]
+
     def projected(self, x: Float[Array, "B T D"], positions: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values [B, T, H or G, K], normalised and turned."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self.unturned(x)
         if self.rotary:
             q, k = rotate(q, positions, self.base), rotate(k, positions, self.base)
         return q, k, v
+
+    def unturned(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values before their positions turn them."""
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v
+
+    def mixed(self, q: Array, k: Array, v: Array, segment_ids: Array | None, mask: Array | None) -> Array:
+        """[B, T, H, K]: each head's output."""
+        return masked_attention(q, k, v, self.sight(), segment_ids=segment_ids, mask=mask)
+
+    def recalled(self, q: Array, k: Array, v: Array, state: Cache) -> tuple[Array, Cache]:
+        """`mixed` of one token, [B, H, K], and the state with it."""
+
+        def read(q: Array, k: Array, v: Array, visible: Array) -> Array:
+            return attend_to_cache(q, k, v, visible=visible, scale=q.shape[-1] ** -0.5)
+
+        return state.step(read, q, k, v)
+
+    def remembered(self, q: Array, k: Array, v: Array, length: Array, capacity: int) -> State:
+        """The state after these tokens [B, T, ...], of which the first `length` [B] count."""
+        name = type(self).__name__
+        held = KeyValueCache(prefix(name, k, length, capacity), prefix(name, v, length, capacity), length)
+        return self.cache.after(held, q, nn.unbox(self.out.variables["params"]["kernel"]))
+
+    def read_out(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+        """Heads merged; x is the mixer's input."""
+        return self.out(mixed)
+
+
+def group_count(mixer: str, heads: int, kv_heads: int | None) -> int:
+    """G heads of keys and values: as asked, or one for every query head. Raises ZooError where they do not divide H."""
+    groups = heads if kv_heads is None else kv_heads
+    if groups < 1 or heads % groups:
+        raise ZooError(f"{mixer}: {heads} heads do not divide into {groups} kv_heads")
+    return groups
 
 
 def masked_attention(
