@@ -48,6 +48,11 @@ class Case:
 
 
 CASES = {
+    # L2ViT: q, k, v and out 4 · (32² + 32), position 32 · (3² + 1); global also τ 2, norm 64, two convolutions of
+    # 32 · (7² + 1), batch norm 64; over time alone convolutions of 3 and 7.
+    "l2vit local": Case("l2vit_local", 4224 + 320, {"heads": 2, "grid": (4, 6), "window": 3}),
+    "l2vit global": Case("l2vit_global", 4224 + 320 + 2 + 64 + 3200 + 64, {"heads": 2, "grid": (4, 6)}),
+    "l2vit global in time": Case("l2vit_global", 4224 + 128 + 2 + 64 + 512 + 64, {"heads": 2, "clamp": 20.0}),
     # H · K = 16, V = 8: q and k 32 · 16 each, v, gate and out 32² each, decay 32 · 16 + 16 · 16 + 16, norm 8.
     "gla": Case("gla", 1024 + 3072 + 784 + 8),
     # Convolutions of 4 over 16 + 16 + 32 features.
@@ -57,7 +62,7 @@ CASES = {
     "retention lightning": Case(
         "retention",
         5120 + 16,
-        {"heads": 2, "expand_value": 1.0, "decay": "lightning", "layer": 1, "layers": 4, "silu": True, "gate": "sigmoid"},
+        {"heads": 2, "expand_value": 1.0, "decay": "lightning", "layer": 1, "layers": 4, "gate": "sigmoid"},
     ),
     "retention both ways": Case("retention", 2048 + 6144 + 32, {"heads": 2, "causal": False}),
     # q, k, v and out: 4 · 32².
@@ -72,10 +77,40 @@ CASES = {
     # 32; complex: block maps of 2 · 24 · 12 + 24, decay and angle 24 each.
     "rg_lru": Case("rg_lru", 3168 + 240 + 2 * 1200 + 48 + 1568, {"heads": 2, "features": 48}),
     "rg_lru complex": Case("rg_lru", 3168 + 240 + 2 * 600 + 48 + 1568, {"heads": 2, "features": 48, "real": False}),
+    # Step and D 32 each, A, B and C 2 · 32 · 4 each, value and gate 32² + 32 each; both ways: a second C.
+    "s4d": Case("s4d", 64 + 3 * 256 + 2112, {"states": 8}),
+    "s4d bilinear legs": Case(
+        "s4d", 64 + 3 * 256 + 2112, {"states": 8, "discretization": "bilinear", "init": "legs", "rate": 4.0}
+    ),
+    "s4d both ways": Case("s4d", 64 + 4 * 256 + 2112, {"states": 8, "init": "inv", "causal": False}),
+    # Λ and step 3 · 8, B and C 2 · 8 · 32 each, D 32, gate 32² + 32; all states: 16 of each; both ways: a second C.
+    "s5": Case("s5", 24 + 2 * 512 + 32 + 1056, {"states": 16, "blocks": 2}),
+    "s5 bilinear exp": Case(
+        "s5",
+        48 + 2 * 1024 + 32 + 1056,
+        {"states": 16, "blocks": 2, "conjugate": False, "discretization": "bilinear", "negative": "exp"},
+    ),
+    "s5 both ways": Case("s5", 24 + 3 * 512 + 32 + 1056, {"states": 16, "blocks": 2, "causal": False}),
     # q, k, v and out; grouped: q and out 32² each, k and v of two heads of four 32 · 16 each, two norms of 8.
     "softmax": Case("softmax", 4096, {"heads": 2}),
     "softmax grouped": Case("softmax", 3072 + 16, {"heads": 4, "kv_heads": 2, "qk_norm": True}),
     "softmax both ways, 3-D": Case("softmax", 4096, {"heads": 2, "causal": False, "grid": (2, 3, 4), "base": 100.0}),
+    # Softmax's 4096 and a gate: 32 · 32 for every feature, 32 · 2 for every head, 32 · 16 shared by the heads; of values
+    # of two heads of four 32 · 16 (softmax grouped without norms 3072); of the output 32 · 32.
+    "gated": Case("gated", 4096 + 1024, {"heads": 2}),
+    "gated heads": Case("gated", 4096 + 64, {"heads": 2, "granularity": "head"}),
+    "gated values": Case("gated", 3072 + 512, {"heads": 4, "kv_heads": 2, "position": "value"}),
+    "gated keys, shared": Case("gated", 4096 + 512, {"heads": 2, "position": "key", "shared": True}),
+    "gated queries, added": Case(
+        "gated", 4096 + 1024, {"heads": 2, "position": "query", "additive": True, "activation": "silu"}
+    ),
+    "gated output": Case("gated", 4096 + 1024, {"heads": 2, "position": "output", "causal": False}),
+    # As softmax.
+    "relu": Case("relu", 3072, {"heads": 4, "kv_heads": 2}),
+    "relu both ways": Case("relu", 4096, {"heads": 2, "causal": False}),
+    "sliding_window": Case("sliding_window", 4096, {"heads": 2, "window": 5}),
+    "sliding_window sinks": Case("sliding_window", 3072, {"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2}),
+    "sliding_window both ways": Case("sliding_window", 4096, {"heads": 2, "window": 9, "sinks": 2, "causal": False}),
 }
 
 
