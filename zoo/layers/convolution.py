@@ -22,17 +22,17 @@ class ShortConvolution(nn.Module):
 
     features, width   F and how many tokens are seen
     bias              whether there is one
-    init              of the kernel; uniform in ±width^-½ unless given, as PyTorch's Conv1d
+    kernel_init       how it is drawn; uniform in ±width^-½ unless given, as PyTorch's Conv1d
     """
 
     features: int
     width: int = 4
     bias: bool = False
-    init: Any = LIKE_TORCH
+    kernel_init: Any = LIKE_TORCH
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.kernel = self.param("kernel", partitioned(self.init, None, "mlp"), (self.width, self.features))
+        self.kernel = self.param("kernel", partitioned(self.kernel_init, None, "mlp"), (self.width, self.features))
         if self.bias:
             self.offset = self.param("bias", partitioned(nn.initializers.zeros, "mlp"), (self.features,))
 
