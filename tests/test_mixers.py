@@ -47,6 +47,8 @@ class Case:
         return create_mixer(self.mixer, DIM, **{**self.options, **options})
 
 
+TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
+
 CASES = {
     # L2ViT: q, k, v and out 4 · (32² + 32), position 32 · (3² + 1); global also τ 2, norm 64, two convolutions of
     # 32 · (7² + 1), batch norm 64; over time alone convolutions of 3 and 7.
@@ -65,6 +67,37 @@ CASES = {
         {"heads": 2, "expand_value": 1.0, "decay": "lightning", "layer": 1, "layers": 4, "gate": "sigmoid"},
     ),
     "retention both ways": Case("retention", 2048 + 6144 + 32, {"heads": 2, "causal": False}),
+    # K = V = 8: q, k, v and out 4 · 32², convolutions 4 · 96, beta 32 · 4, norm 8.
+    "deltanet": Case("deltanet", 4096 + 384 + 128 + 8),
+    # Two value heads for each of two of K = V = 16: q and k 32² each, v, gate and out 32 · 64 each, beta 32 · 4, norm 16.
+    "deltanet gated, grouped": Case(
+        "deltanet",
+        2048 + 6144 + 128 + 16,
+        {"heads": 2, "value_heads": 4, "convolution": 0, "gate": "silu", "negative_eigenvalues": True},
+    ),
+    # K = 12, V = 24: q and k 32 · 24 each, v, gate and out 32 · 48 each, convolutions 4 · 96, beta and decay 32 · 2 each,
+    # A and its bias 2 each, norm 24.
+    "gated_deltanet": Case("gated_deltanet", 1536 + 4608 + 384 + 128 + 4 + 24, {"heads": 2}),
+    # K = V = 16: q, k, v and out 4 · 32², convolutions 4 · 96, beta 32 · 2, decay 32 · 16 + 16 · 32, A 2 and its bias 32,
+    # gate 32 · 16 + 16 · 32 + 32, norm 16.
+    "kda": Case("kda", 4096 + 384 + 64 + 1024 + 34 + 1056 + 16, {"heads": 2}),
+    "kda bounded": Case("kda", 4096 + 384 + 64 + 1024 + 34 + 1056 + 16, {"heads": 2, "lowest_decay": -5.0}),
+    # 64 features within, two groups of N = 8: x, gate and out 32 · 64 each, B and C 32 · 16 each, Δ 32 · 4, convolution
+    # (4 + 1) · 96, three of 4 a head, norm 64.
+    "mamba2": Case("mamba2", 6144 + 1024 + 128 + 480 + 12 + 64, {"heads": 4, "states": 8, "groups": 2}),
+    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights; its norm
+    # 32, gate and out 32² each. One layer with a norm: two heads of 16² + 16. Attention 4 · 32², 2 · 32 persistent; "mac"
+    # and "mag" have a second norm in place of the gate.
+    "titans lmm": Case("titans", 3072 + 384 + 198 + 2048 + 2080, {**TITANS, "wiring": "lmm"}, border=8),
+    "titans lmm by chunk": Case(
+        "titans",
+        3072 + 384 + 198 + 544 + 2080,
+        {**TITANS, "wiring": "lmm", "depth": 1, "residual": True, "granularity": "chunk"},
+        border=8,
+    ),
+    "titans mac": Case("titans", 5702 + 4096 + 64 + 64 + 1024, TITANS, border=8),
+    "titans mag": Case("titans", 5702 + 4096 + 64 + 64 + 1024, {**TITANS, "wiring": "mag"}, border=8),
+    "titans mal": Case("titans", 5702 + 4096 + 64 + 2080, {**TITANS, "wiring": "mal", "activation": "silu"}, border=8),
     # q, k, v and out: 4 · 32².
     "linear": Case("linear", 4096, {"heads": 2}),
     "linear relu rms": Case("linear", 4096 + 16, {"heads": 2, "features": "relu", "normalise": "rms"}),
@@ -80,9 +113,9 @@ CASES = {
     # Step and D 32 each, A, B and C 2 · 32 · 4 each, value and gate 32² + 32 each; both ways: a second C.
     "s4d": Case("s4d", 64 + 3 * 256 + 2112, {"states": 8}),
     "s4d bilinear legs": Case(
-        "s4d", 64 + 3 * 256 + 2112, {"states": 8, "discretization": "bilinear", "init": "legs", "rate": 4.0}
+        "s4d", 64 + 3 * 256 + 2112, {"states": 8, "discretization": "bilinear", "frequencies": "legs", "rate": 4.0}
     ),
-    "s4d both ways": Case("s4d", 64 + 4 * 256 + 2112, {"states": 8, "init": "inv", "causal": False}),
+    "s4d both ways": Case("s4d", 64 + 4 * 256 + 2112, {"states": 8, "frequencies": "inv", "causal": False}),
     # Λ and step 3 · 8, B and C 2 · 8 · 32 each, D 32, gate 32² + 32; all states: 16 of each; both ways: a second C.
     "s5": Case("s5", 24 + 2 * 512 + 32 + 1056, {"states": 16, "blocks": 2}),
     "s5 bilinear exp": Case(

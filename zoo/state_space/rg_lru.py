@@ -58,7 +58,7 @@ def _bounded_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
     return root, tangents[0] / jnp.maximum(2 * root, 1 / STEEPEST)
 
 
-def first_there(shape: tuple[int, int], segment_ids: Array | None, mask: Array | None) -> Bool[Array, "B T"]:
+def first_there(shape: tuple[int, ...], segment_ids: Array | None, mask: Array | None) -> Bool[Array, "B T"]:
     """[B, T]: True at each segment's first token that is there."""
     ids = jnp.zeros(shape, jnp.int32) if segment_ids is None else segment_ids
     begin = starts(ids).at[:, 0].set(True)
