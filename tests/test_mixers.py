@@ -124,18 +124,37 @@ CASES = {
         {"states": 16, "blocks": 2, "conjugate": False, "discretization": "bilinear", "negative": "exp"},
     ),
     "s5 both ways": Case("s5", 24 + 3 * 512 + 32 + 1056, {"states": 16, "blocks": 2, "causal": False}),
+    # Weights of 8 · 4 synapses, hidden (8 + 16 + 1) · 32, change 33 · 16, out 17 · 32; the other with 4 · 10 synapses
+    # and 16 time constants.
+    "elm": Case("elm", 32 + 800 + 528 + 544, {"memory": 16, "branches": 8, "synapses": 4}),
+    "elm windows": Case(
+        "elm",
+        40 + 672 + 528 + 544 + 16,
+        {
+            "memory": 16,
+            "branches": 4,
+            "synapses": 10,
+            "routing": "windows",
+            "version": 2,
+            "activation": "silu",
+            "learn_times": True,
+        },
+    ),
+    # Reduction 33 · 8, planes (28 + 1) · 32, gate 65 · 32, norm 64.
+    "grassmann": Case("grassmann", 264 + 928 + 2080 + 64, {"width": 8, "offsets": (1, 2, 5)}),
+    "grassmann residual": Case(
+        "grassmann", 264 + 928 + 2080 + 64, {"width": 8, "offsets": (3, 12), "fusion": "residual"}
+    ),
     # q, k, v and out; grouped: q and out 32² each, k and v of two heads of four 32 · 16 each, two norms of 8.
     "softmax": Case("softmax", 4096, {"heads": 2}),
     "softmax grouped": Case("softmax", 3072 + 16, {"heads": 4, "kv_heads": 2, "qk_norm": True}),
     "softmax both ways, 3-D": Case("softmax", 4096, {"heads": 2, "causal": False, "grid": (2, 3, 4), "base": 100.0}),
-    # Softmax's 4096 and a gate: 32 · 32 for every feature, 32 · 2 for every head, 32 · 16 shared by the heads; of values
-    # of two heads of four 32 · 16 (softmax grouped without norms 3072); of the output 32 · 32.
+    # Softmax's 4096 and a gate for every feature, 32 · 32, or, shared by the heads, 32 · 16; one for each head of values,
+    # 32 · 2 (softmax grouped without norms is 3072); of the output 32 · 32.
     "gated": Case("gated", 4096 + 1024, {"heads": 2}),
-    "gated heads": Case("gated", 4096 + 64, {"heads": 2, "granularity": "head"}),
-    "gated values": Case("gated", 3072 + 512, {"heads": 4, "kv_heads": 2, "position": "value"}),
-    "gated keys, shared": Case("gated", 4096 + 512, {"heads": 2, "position": "key", "shared": True}),
-    "gated queries, added": Case(
-        "gated", 4096 + 1024, {"heads": 2, "position": "query", "additive": True, "activation": "silu"}
+    "gated values": Case("gated", 3072 + 64, {"heads": 4, "kv_heads": 2, "position": "value", "granularity": "head"}),
+    "gated queries, shared and added": Case(
+        "gated", 4096 + 512, {"heads": 2, "position": "query", "shared": True, "additive": True, "activation": "silu"}
     ),
     "gated output": Case("gated", 4096 + 1024, {"heads": 2, "position": "output", "causal": False}),
     # As softmax.
