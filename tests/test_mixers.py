@@ -149,8 +149,8 @@ CASES = {
     "softmax": Case("softmax", 4096, {"heads": 2}),
     "softmax grouped": Case("softmax", 3072 + 16, {"heads": 4, "kv_heads": 2, "qk_norm": True}),
     "softmax both ways, 3-D": Case("softmax", 4096, {"heads": 2, "causal": False, "grid": (2, 3, 4), "base": 100.0}),
-    # Softmax's 4096 and a gate for every feature, 32 · 32, or, shared by the heads, 32 · 16; one for each head of values,
-    # 32 · 2 (softmax grouped without norms is 3072); of the output 32 · 32.
+    # Softmax's 4096 and a gate for every feature, 32 · 32, or, shared by the heads, 32 · 16; of the output 32 · 32; one
+    # for each head of values 32 · 2, where softmax grouped without norms is 3072.
     "gated": Case("gated", 4096 + 1024, {"heads": 2}),
     "gated values": Case("gated", 3072 + 64, {"heads": 4, "kv_heads": 2, "position": "value", "granularity": "head"}),
     "gated queries, shared and added": Case(

@@ -80,7 +80,7 @@ class Softmax(Mixer):
     def initial_state(self, batch: int, capacity: int = 2048) -> State:
         self.check_causal()
         _, groups, width = self.head_sizes()
-        return self.cache.empty(batch, capacity, groups, width, self.dtype)
+        return self.policy().empty(batch, capacity, groups, width, self.dtype)
 
     def prefill(
         self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
@@ -117,6 +117,11 @@ class Softmax(Mixer):
     def sight(self) -> Mask:
         """Which keys a query may see, beside segments and tokens that are not there."""
         return Causal() if self.causal else Full()
+
+    @nn.nowrap
+    def policy(self) -> Policy:
+        """What streaming keeps."""
+        return self.cache
 
     @nn.nowrap
     def positions(self, length: int, segment_ids: Array | None) -> Array:
@@ -162,7 +167,7 @@ class Softmax(Mixer):
         """The state after these tokens [B, T, ...], of which the first `length` [B] count."""
         name = type(self).__name__
         held = KeyValueCache(prefix(name, k, length, capacity), prefix(name, v, length, capacity), length)
-        return self.cache.after(held, q, nn.unbox(self.out.variables["params"]["kernel"]))
+        return self.policy().after(held, q, nn.unbox(self.out.variables["params"]["kernel"]))
 
     def read_out(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         """Heads merged; x is the mixer's input."""
@@ -196,8 +201,8 @@ def masked_attention(
     return on_devices(op, (q, k, v, *ids), (HEADS, HEADS, HEADS, *(("batch", None),) * len(ids)), HEADS)
 
 
-def segment_pair(segment_ids: Array | None, mask: Array | None) -> tuple[Array, Array] | tuple[()]:
-    """Ids of queries and of keys as `sparse_attention` takes them; tokens that are not there are keys of no segment."""
+def segment_pair(segment_ids: Array | None, mask: Array | None) -> tuple[Array, ...]:
+    """Ids of queries and of keys as `sparse_attention` takes them, or none; tokens that are not there are of none."""
     if segment_ids is not None:
         queries = runs(segment_ids)
     elif mask is not None:
