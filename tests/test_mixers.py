@@ -50,6 +50,8 @@ class Case:
 TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES = {
+    # Reversed: q, k, v 3 · 32², out 32² + 32, selector 32 · 2, controller 32 · 16 + 16.
+    "reversed": Case("reversed", 3072 + 1056 + 64 + 528, {"heads": 2}),
     # L2ViT: q, k, v and out 4 · (32² + 32), position 32 · (3² + 1); global also τ 2, norm 64, two convolutions of
     # 32 · (7² + 1), batch norm 64; over time alone convolutions of 3 and 7.
     "l2vit local": Case("l2vit_local", 4224 + 320, {"heads": 2, "grid": (4, 6), "window": 3}),
@@ -69,19 +71,19 @@ CASES = {
     "retention both ways": Case("retention", 2048 + 6144 + 32, {"heads": 2, "causal": False}),
     # K = V = 8: q, k, v and out 4 · 32², convolutions 4 · 96, beta 32 · 4, norm 8.
     "deltanet": Case("deltanet", 4096 + 384 + 128 + 8),
-    # Two value heads for each of two of K = V = 16: q and k 32² each, v, gate and out 32 · 64 each, beta 32 · 4, norm 16.
+    # Each of two heads of K = V = 16 has two of values: q and k 32² each, v, gate and out 32 · 64 each, beta 32 · 4, norm
+    # 16.
     "deltanet gated, grouped": Case(
         "deltanet",
         2048 + 6144 + 128 + 16,
         {"heads": 2, "value_heads": 4, "convolution": 0, "gate": "silu", "negative_eigenvalues": True},
     ),
-    # K = 12, V = 24: q and k 32 · 24 each, v, gate and out 32 · 48 each, convolutions 4 · 96, beta and decay 32 · 2 each,
-    # A and its bias 2 each, norm 24.
+    # K = 12, V = 24: q and k 32 · 24 each, v, gate and out 32 · 48 each, convolutions 4 · 96, beta and decay 32 · 2
+    # each, A and its bias 2 each, norm 24.
     "gated_deltanet": Case("gated_deltanet", 1536 + 4608 + 384 + 128 + 4 + 24, {"heads": 2}),
-    # K = V = 16: q, k, v and out 4 · 32², convolutions 4 · 96, beta 32 · 2, decay 32 · 16 + 16 · 32, A 2 and its bias 32,
-    # gate 32 · 16 + 16 · 32 + 32, norm 16.
+    # K = V = 16: q, k, v and out 4 · 32², convolutions 4 · 96, beta 32 · 2, decay 32 · 16 + 16 · 32, A 2 and its bias
+    # 32, gate 32 · 16 + 16 · 32 + 32, norm 16.
     "kda": Case("kda", 4096 + 384 + 64 + 1024 + 34 + 1056 + 16, {"heads": 2}),
-    "kda bounded": Case("kda", 4096 + 384 + 64 + 1024 + 34 + 1056 + 16, {"heads": 2, "lowest_decay": -5.0}),
     # 64 features within, two groups of N = 8: x, gate and out 32 · 64 each, B and C 32 · 16 each, Δ 32 · 4, convolution
     # (4 + 1) · 96, three of 4 a head, norm 64.
     "mamba2": Case("mamba2", 6144 + 1024 + 128 + 480 + 12 + 64, {"heads": 4, "states": 8, "groups": 2}),
@@ -144,6 +146,11 @@ CASES = {
     "grassmann": Case("grassmann", 264 + 928 + 2080 + 64, {"width": 8, "offsets": (1, 2, 5)}),
     "grassmann residual": Case(
         "grassmann", 264 + 928 + 2080 + 64, {"width": 8, "offsets": (3, 12), "fusion": "residual"}
+    ),
+    # Attention 4 · (32² + 32) and its norm 64; for time and for frequency two of Mamba (9920 as above) with a norm of 32,
+    # and their join 65 · 32.
+    "mambattention": Case(
+        "mambattention", 4224 + 64 + 2 * (2 * (9920 + 32) + 2080), {"grid": (6, 4), "expand": 2}, border=8
     ),
     # q, k, v and out; grouped: q and out 32² each, k and v of two heads of four 32 · 16 each, two norms of 8.
     "softmax": Case("softmax", 4096, {"heads": 2}),
