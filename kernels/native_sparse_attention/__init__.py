@@ -35,7 +35,7 @@ __all__ = [
 
 
 def native_sparse_attention(
-    q: jax.Array,
+    q: Branches,
     k: Branches,
     v: Branches,
     gates: jax.Array,
@@ -62,9 +62,10 @@ def native_sparse_attention(
     T · window or T · selected_blocks · block_size is ever in memory.
 
     Args:
-      q: [B, T, H, K] queries.
-      k: [B, T, G, K] keys, or a triple of them for the compressed, the selected and the window branch, which the paper
-        projects separately. G divides H; each head serves H / G neighbouring heads of q, which share their blocks.
+      q: [B, T, H, K] queries, or a triple of them for the compressed, the selected and the window branch, as where only
+        some of them are turned by positions.
+      k: [B, T, G, K] keys, or a triple of them, as the paper projects each branch's separately. G divides H; each head
+        serves H / G neighbouring heads of q, which share their blocks.
       v: [B, T, G, V] values, or a triple.
       gates: [B, T, H, 3], after their sigmoid.
       block_size: tokens of a block that is selected, a multiple of the stride.
@@ -88,7 +89,7 @@ def native_sparse_attention(
       NotImplementedError: "pallas" where one of the parts cannot serve.
     """
     op = "native_sparse_attention"
-    sizes, keys, values = checked(op, q, k, v, gates, "B T")
+    sizes, queries, keys, values = checked(op, q, k, v, gates, "B T")
     check_segment_ids(op, segment_ids, sizes)
     key_compression, value_compression = by_kind(op, compress)
     compression_block = 2 * stride if compression_block is None else compression_block
@@ -97,9 +98,9 @@ def native_sparse_attention(
     v_compressed = compress_blocks(values[0], **compression, compress=value_compression)
     ids = None if segment_ids is None else runs(segment_ids)
     shared: dict[str, Any] = {"scale": scale, "segment_ids": ids, "implementation": implementation}
-    compressed = compressed_attention(q, k_compressed, v_compressed, **compression, **shared)
+    compressed = compressed_attention(queries[0], k_compressed, v_compressed, **compression, **shared)
     blocks = select_blocks(
-        q,
+        queries[0],
         k_compressed,
         block_size=block_size,
         stride=stride,
@@ -109,6 +110,6 @@ def native_sparse_attention(
         local=local,
         **shared,
     )
-    selected = selected_attention(q, keys[1], values[1], blocks, block_size=block_size, **shared)
-    recent = sparse_attention(q, keys[2], values[2], Causal() & Window(window), **shared)
+    selected = selected_attention(queries[1], keys[1], values[1], blocks, block_size=block_size, **shared)
+    recent = sparse_attention(queries[2], keys[2], values[2], Causal() & Window(window), **shared)
     return gated_sum(gates, compressed, selected, recent)

@@ -14,25 +14,25 @@ Branches = jax.Array | tuple[jax.Array, jax.Array, jax.Array]
 
 
 def checked(
-    op: str, q: Any, k: Branches, v: Branches, gates: Any, leading: str
-) -> tuple[dict[str, int], tuple[Any, ...], tuple[Any, ...]]:
-    """The sizes by letter and the branches' keys and values; `leading` axes are "B T" or "B".
+    op: str, q: Branches, k: Branches, v: Branches, gates: Any, leading: str
+) -> tuple[dict[str, int], tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """The sizes by letter and the branches' queries, keys and values; `leading` axes are "B T" or "B".
 
     Raises:
       ValueError: an argument of another shape or dtype.
     """
     sizes: dict[str, int] = {}
-    check_shape(op, "q", q, f"{leading} H K", sizes)
-    keys, values = (by_branch(op, name, x) for name, x in (("k", k), ("v", v)))
-    for key, value in zip(keys, values, strict=True):
+    queries, keys, values = (by_branch(op, name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    for query, key, value in zip(queries, keys, values, strict=True):
+        check_shape(op, "q", query, f"{leading} H K", sizes)
         check_shape(op, "k", key, f"{leading} G K", sizes)
         check_shape(op, "v", value, f"{leading} G V", sizes)
-        check_floating(op, {"k": key, "v": value})
+        check_floating(op, {"q": query, "k": key, "v": value})
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ValueError(f"{op}: k: got {sizes['G']} heads, wanted a divisor of the {sizes['H']} of q")
     check_shape(op, "gates", gates, f"{leading} H 3", sizes | {"3": 3})
-    check_floating(op, {"q": q, "gates": gates})
-    return sizes, keys, values
+    check_floating(op, {"gates": gates})
+    return sizes, queries, keys, values
 
 
 def by_branch(op: str, name: str, x: Branches) -> tuple[Any, ...]:

@@ -100,7 +100,7 @@ def native_sparse_cache(
 
 
 def native_sparse_attention_step(
-    q: jax.Array,
+    q: Branches,
     k: Branches,
     v: Branches,
     gates: jax.Array,
@@ -121,7 +121,7 @@ def native_sparse_attention_step(
     It reads the compressed keys and values, `selected_blocks` blocks and the window, whatever the capacity.
 
     Args:
-      q: [B, H, K].
+      q: [B, H, K], or a triple.
       k, v: [B, G, K] and [B, G, V], or triples.
       gates: [B, H, 3].
       cache: of `native_sparse_cache` with the same options, or of a step before.
@@ -136,7 +136,7 @@ def native_sparse_attention_step(
       ValueError: an argument of another shape or dtype, a cache made with other options or full.
     """
     op = "native_sparse_attention_step"
-    sizes, keys, values = checked(op, q, k, v, gates, "B")
+    sizes, queries, keys, values = checked(op, q, k, v, gates, "B")
     compression_block = 2 * stride if compression_block is None else compression_block
     check_blocks(op, block_size, stride, compression_block)
     scale = sizes["K"] ** -0.5 if scale is None else float(scale)
@@ -167,14 +167,14 @@ def native_sparse_attention_step(
 
     compressed = lax.cond(jnp.any(ends), added, lambda: cache.compressed)
     now, begin = time[:, None], jnp.zeros_like(time[:, None])
-    ids = select_blocks(form, q[:, None], compressed[0], now, begin, capacity // block_size)[:, 0]
+    ids = select_blocks(form, queries[0][:, None], compressed[0], now, begin, capacity // block_size)[:, 0]
     ended = form.visible(jnp.arange(compressed[0].shape[1]), now, begin)
     tokens = (gather_blocks(x, ids, block_size) for x in selected)
     held = ring_times(time + 1, window) >= 0
     branches = (
-        attend(q, *compressed, visible=ended[..., None], scale=scale),
-        attend(q, *tokens, visible=block_times(ids, block_size) <= now[..., None], scale=scale),
-        attend(q, *in_window, visible=held[..., None], scale=scale),
+        attend(queries[0], *compressed, visible=ended[..., None], scale=scale),
+        attend(queries[1], *tokens, visible=block_times(ids, block_size) <= now[..., None], scale=scale),
+        attend(queries[2], *in_window, visible=held[..., None], scale=scale),
     )
     out = jnp.where(full[:, None, None], jnp.nan, gated_sum(gates, *branches))
     length = jnp.where(full, time, time + 1)

@@ -30,14 +30,14 @@ TIME = 45
 def arguments(time=TIME, batch=2, heads=4, groups=2, separate=False, compression=False):
     """Keys of width 8, values of 12; `separate` ones for each branch; parameters of the compression."""
 
-    def branches(seed, width):
-        arrays = tuple(normal(seed + n, batch, time, groups, width) for n in range(3))
+    def branches(seed, own, width):
+        arrays = tuple(normal(seed + n, batch, time, own, width) for n in range(3))
         return arrays if separate else arrays[0]
 
     arrays = {
-        "q": normal(0, batch, time, heads, 8),
-        "k": branches(1, 8),
-        "v": branches(4, 12),
+        "q": branches(10, heads, 8),
+        "k": branches(1, groups, 8),
+        "v": branches(4, groups, 12),
         "gates": uniform(7, batch, time, heads, 3),
     }
     if compression:
@@ -59,8 +59,8 @@ def compression(arrays):
 
 def naive(lists, q, k, v, gates, compress=None, segment_ids=None):
     """Every pair of query and key on its own; `lists` holds what was chosen, or is empty and gets it."""
-    (k0, k1, k2), (v0, v1, v2) = (x if isinstance(x, tuple) else (x, x, x) for x in (k, v))
-    batch, time, heads, _ = q.shape
+    (q0, q1, q2), (k0, k1, k2), (v0, v1, v2) = (x if isinstance(x, tuple) else (x, x, x) for x in (q, k, v))
+    batch, time, heads, _ = q0.shape
     shared = heads // k0.shape[2]
     run, t = numbered(segment_ids, batch, time), np.arange(time)
     means = (partial(jnp.mean, axis=2),) * 2 if compress is None else compress
@@ -68,16 +68,16 @@ def naive(lists, q, k, v, gates, compress=None, segment_ids=None):
     if visible.shape[-1]:
         blocks = ([x[:, 4 * i : 4 * i + 8] for i in range(visible.shape[-1])] for x in (k0, v0))
         summaries = [mean(jnp.stack(parts, axis=1)) for mean, parts in zip(means, blocks, strict=True)]
-        first, weights = attention(q, *summaries, visible[:, None])
+        first, weights = attention(q0, *summaries, visible[:, None])
     else:
-        first, weights = jnp.zeros((batch, time, heads, 12), q.dtype), np.zeros((batch, heads, time, 0))
+        first, weights = jnp.zeros((batch, time, heads, 12), q0.dtype), np.zeros((batch, heads, time, 0))
     if not lists:
         by_group = np.asarray(weights).reshape(batch, heads // shared, shared, time, visible.shape[-1]).sum(2)
         lists.append(chosen(by_group, run, compression_block=8, **SELECTION))
     causal = (run[:, :, None] == run[:, None]) & (t <= t[:, None])
     tokens = np.repeat(lists[0], 8, axis=-1)[..., :time].repeat(shared, axis=1)
-    second, _ = attention(q, k1, v1, tokens & causal[:, None])
-    third, _ = attention(q, k2, v2, (causal & (t > t[:, None] - 6))[:, None])
+    second, _ = attention(q1, k1, v1, tokens & causal[:, None])
+    third, _ = attention(q2, k2, v2, (causal & (t > t[:, None] - 6))[:, None])
     return gates[..., :1] * first + gates[..., 1:2] * second + gates[..., 2:] * third
 
 
@@ -279,6 +279,7 @@ def test_memory_is_a_small_part_of_all_scores():
     ("change", "message"),
     [
         ({"q": jnp.zeros((2, 45, 3, 8))}, "k: got 2 heads, wanted a divisor of the 3 of q"),
+        ({"q": (jnp.zeros((2, 45, 4, 8)),) * 2}, "q: got 2 arrays, wanted one or three: compressed, selected, window"),
         ({"k": (jnp.zeros((2, 45, 2, 8)),) * 2}, "k: got 2 arrays, wanted one or three: compressed, selected, window"),
         ({"v": (jnp.zeros((2, 45, 2, 12)),) * 2 + (jnp.zeros((2, 45, 2, 4)),)}, r"v: got shape \(2, 45, 2, 4\)"),
         ({"gates": jnp.zeros((2, 45, 4, 2))}, r"gates: got shape \(2, 45, 4, 2\), wanted \[B, T, H, 3\]"),
