@@ -47,6 +47,7 @@ class Case:
         return create_mixer(self.mixer, DIM, **{**self.options, **options})
 
 
+BLOCKS = {"heads": 4, "kv_heads": 2, "block_size": 4, "stride": 2, "compression_block": 4, "selected_blocks": 4}
 TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES = {
@@ -71,8 +72,8 @@ CASES = {
     "retention both ways": Case("retention", 2048 + 6144 + 32, {"heads": 2, "causal": False}),
     # K = V = 8: q, k, v and out 4 · 32², convolutions 4 · 96, beta 32 · 4, norm 8.
     "deltanet": Case("deltanet", 4096 + 384 + 128 + 8),
-    # Each of two heads of K = V = 16 has two of values: q and k 32² each, v, gate and out 32 · 64 each, beta 32 · 4, norm
-    # 16.
+    # Each of two heads of K = V = 16 has two of values: q and k 32² each, v, gate and out 32 · 64 each, beta 32 · 4,
+    # norm 16.
     "deltanet gated, grouped": Case(
         "deltanet",
         2048 + 6144 + 128 + 16,
@@ -100,6 +101,23 @@ CASES = {
     "titans mac": Case("titans", 5702 + 4096 + 64 + 64 + 1024, TITANS, border=8),
     "titans mag": Case("titans", 5702 + 4096 + 64 + 64 + 1024, {**TITANS, "wiring": "mag"}, border=8),
     "titans mal": Case("titans", 5702 + 4096 + 64 + 2080, {**TITANS, "wiring": "mal", "activation": "silu"}, border=8),
+    # q, k, v and out 4 · 32², gate 32 · 8 + 8 · 32, norm 32.
+    "lightnet": Case("lightnet", 4096 + 512 + 32, {"heads": 2, "rank": 8}),
+    # A norm of 16, rates 2 · 16, and for TPE two vectors of 32, a decay of 2, a norm of 16 and 32².
+    "lightnet of the author": Case(
+        "lightnet",
+        4096 + 512 + 16 + 32 + 1106,
+        {
+            **{"heads": 2, "rank": 8, "gate": "sigmoid", "joint_norm": False},
+            **{"tpe": True, "lrpe": True, "start_at_one": True},
+        },
+    ),
+    # Rates 2 · 8 for two axes, TPE of two axes.
+    "lightnet both ways, 2-D": Case(
+        "lightnet",
+        4096 + 512 + 32 + 16 + 2212,
+        {"heads": 2, "rank": 8, "causal": False, "grid": (4, 5), "prefix": 4, "tpe": True, "lrpe": True},
+    ),
     # q, k, v and out: 4 · 32².
     "linear": Case("linear", 4096, {"heads": 2}),
     "linear relu rms": Case("linear", 4096 + 16, {"heads": 2, "features": "relu", "normalise": "rms"}),
@@ -108,8 +126,8 @@ CASES = {
     # In and gate 32 · 64 each, convolution 64 · (4 + 1), selection 64 · (2 + 2 · 16), its map 2 · 64 with a bias of 64,
     # A 64 · 16, D 64, out 64 · 32.
     "mamba": Case("mamba", 4096 + 320 + 2176 + 192 + 1024 + 64 + 2048),
-    # Gate and input 32 · 48 + 48 each, convolution 48 · (4 + 1), two block maps of 2 · 24² + 48, decay 48, out 48 · 32 +
-    # 32; complex: block maps of 2 · 24 · 12 + 24, decay and angle 24 each.
+    # Gate and input 33 · 48 each, convolution 48 · (4 + 1), two block maps of 2 · 24² + 48, decay 48, out 49 · 32;
+    # complex: block maps of 2 · 24 · 12 + 24, decay and angle 24 each.
     "rg_lru": Case("rg_lru", 3168 + 240 + 2 * 1200 + 48 + 1568, {"heads": 2, "features": 48}),
     "rg_lru complex": Case("rg_lru", 3168 + 240 + 2 * 600 + 48 + 1568, {"heads": 2, "features": 48, "real": False}),
     # Step and D 32 each, A, B and C 2 · 32 · 4 each, value and gate 32² + 32 each; both ways: a second C.
@@ -147,10 +165,14 @@ CASES = {
     "grassmann residual": Case(
         "grassmann", 264 + 928 + 2080 + 64, {"width": 8, "offsets": (3, 12), "fusion": "residual"}
     ),
-    # Attention 4 · (32² + 32) and its norm 64; for time and for frequency two of Mamba (9920 as above) with a norm of 32,
-    # and their join 65 · 32.
+    # Attention 4 · (32² + 32) and its norm 64; for time and for frequency two of Mamba (9920 as above) with a norm of
+    # 32, and their join 65 · 32.
     "mambattention": Case(
-        "mambattention", 4224 + 64 + 2 * (2 * (9920 + 32) + 2080), {"grid": (6, 4), "expand": 2}, border=8
+        "mambattention",
+        4224 + 64 + 2 * (2 * (9920 + 32) + 2080),
+        {"grid": (6, 4), "expand": 2},
+        border=8,
+        idle={"attention/key/bias": "softmax does not see what all keys share"},
     ),
     # q, k, v and out; grouped: q and out 32² each, k and v of two heads of four 32 · 16 each, two norms of 8.
     "softmax": Case("softmax", 4096, {"heads": 2}),
@@ -167,6 +189,21 @@ CASES = {
     # As softmax.
     "relu": Case("relu", 3072, {"heads": 4, "kv_heads": 2}),
     "relu both ways": Case("relu", 4096, {"heads": 2, "causal": False}),
+    # Heads of 8: q and out 32² each, three of k and v for two groups 32 · 16 each, gates 32 · 12; compression of k and v
+    # 4 · 8 positions, 4 · 8 · 8 and 8 · 8. In bfloat16 other blocks may be chosen.
+    "native_sparse": Case(
+        "native_sparse", 2048 + 3072 + 384 + 2 * 352, {**BLOCKS, "window": 6}, border=12, rounding=0.3
+    ),
+    # One k and v; heads of 4 for keys (q 32 · 16, k 32 · 8, v 32 · 16); 2 · 4 weights of pooling for k and for v.
+    "native_sparse shared": Case(
+        "native_sparse",
+        512 + 256 + 512 + 1024 + 384 + 16,
+        {**BLOCKS, "window": 6, "shared_kv": True, "rotary_compressed": True, "compress": "pool", "key_width": 4},
+        border=12,
+        rounding=0.3,
+    ),
+    # As softmax grouped without norms. In bfloat16 other blocks may be chosen.
+    "moba": Case("moba", 3072, {"heads": 4, "kv_heads": 2, "block_size": 4, "top_k": 3}, border=12, rounding=0.3),
     "sliding_window": Case("sliding_window", 4096, {"heads": 2, "window": 5}),
     "sliding_window sinks": Case("sliding_window", 3072, {"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2}),
     "sliding_window both ways": Case("sliding_window", 4096, {"heads": 2, "window": 9, "sinks": 2, "causal": False}),
@@ -325,8 +362,10 @@ def test_split_over_devices_equals_whole(name):
         split = jax.device_put(variables, parameter_shardings(boxed, rules, mesh))
         tokens = jax.device_put(x, NamedSharding(mesh, P("fsdp", "sequence")))
         got = jax.jit(pulled, compiler_options=QUICK)(split, tokens)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        close(ours, theirs, 1e-4)
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        place = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not any(part in place for part in CASES[name].idle):  # of which rounding alone is left
+            close(ours, theirs, 1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
