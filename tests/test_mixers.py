@@ -51,6 +51,13 @@ BLOCKS = {"heads": 4, "kv_heads": 2, "block_size": 4, "stride": 2, "compression_
 TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES = {
+    # Duplex: q, k, v and out 4 · 32², a gate for each of 2 heads.
+    "duplex": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (6,)}),
+    "duplex of three": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (5, 6), "mapping": "none"}),
+    "duplex both ways": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False}),
+    "duplex partly both ways": Case(
+        "duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False, "autoregressive": (1,)}
+    ),
     # Reversed: q, k, v 3 · 32², out 32² + 32, selector 32 · 2, controller 32 · 16 + 16.
     "reversed": Case("reversed", 3072 + 1056 + 64 + 528, {"heads": 2}),
     # L2ViT: q, k, v and out 4 · (32² + 32), position 32 · (3² + 1); global also τ 2, norm 64, two convolutions of
@@ -88,9 +95,9 @@ CASES = {
     # 64 features within, two groups of N = 8: x, gate and out 32 · 64 each, B and C 32 · 16 each, Δ 32 · 4, convolution
     # (4 + 1) · 96, three of 4 a head, norm 64.
     "mamba2": Case("mamba2", 6144 + 1024 + 128 + 480 + 12 + 64, {"heads": 4, "states": 8, "groups": 2}),
-    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights; its norm
-    # 32, gate and out 32² each. One layer with a norm: two heads of 16² + 16. Attention 4 · 32², 2 · 32 persistent; "mac"
-    # and "mag" have a second norm in place of the gate.
+    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights; its
+    # norm 32, gate and out 32² each. One layer with a norm: two heads of 16² + 16. Attention 4 · 32², 2 · 32 persistent;
+    # "mac" and "mag" have a second norm in place of the gate.
     "titans lmm": Case("titans", 3072 + 384 + 198 + 2048 + 2080, {**TITANS, "wiring": "lmm"}, border=8),
     "titans lmm by chunk": Case(
         "titans",
