@@ -1,0 +1,163 @@
+"""A sequence model over tokens or samples: an embedding, a backbone of any mixers, a read-out.
+
+It serves tests, ablations and the published language models of state-space papers, whose sizes are registered here.
+`zoo.encoders.decoding` draws from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from zoo.errors import ZooError
+from zoo.layers.backbone import Backbone
+from zoo.layers.convolution import ShortConvolution
+from zoo.layers.mixer import State
+from zoo.layers.parameters import dense, partitioned
+from zoo.types import AnyArray, Array
+
+
+class SequenceModel(nn.Module):
+    """Tokens [B, T] int or samples [B, T, F] → logits or predictions [B, T, outputs], float32.
+
+    vocabulary   number of tokens; 0 for samples
+    features     F of samples; 0 for tokens
+    outputs      width of the read-out; the vocabulary or F unless given
+    tied         the read-out is the embedding transposed (tokens only, outputs not given)
+    convolution  width of a causal convolution after the embedding, which gives any mixer its nearest past; 0: none
+    max_length   rows of a table of learned positions; 0 where mixers know the order themselves
+    the others   see `Backbone`
+    """
+
+    dim: int = 128
+    mixers: tuple[str, ...] = ("softmax",) * 4
+    vocabulary: int = 0
+    features: int = 0
+    outputs: int | None = None
+    tied: bool = False
+    convolution: int = 0
+    max_length: int = 0
+    mixer_options: Mapping[str, Mapping[str, Any]] | None = None
+    mlp: str = "swiglu"
+    mlp_options: Mapping[str, Any] | None = None
+    norm: str = "rms"
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    scan: bool = True
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self._check_options()
+        if self.vocabulary:
+            self.embed = nn.Embed(
+                self.vocabulary,
+                self.dim,
+                dtype=self.dtype,
+                embedding_init=partitioned(nn.initializers.normal(0.02), "alone", None),
+            )
+        else:
+            self.embed = dense(self.dim, (None, "embed"), bias=True, dtype=self.dtype)
+        if self.convolution:
+            self.convolve = ShortConvolution(self.dim, self.convolution, dtype=self.dtype)
+        if self.max_length:
+            table = partitioned(nn.initializers.normal(0.02), None, "embed")
+            self.positions = self.param("positions", table, (self.max_length, self.dim))
+        self.backbone = Backbone(
+            self.dim,
+            self.mixers,
+            self.mixer_options,
+            self.mlp,
+            self.mlp_options,
+            self.norm,
+            self.layer_scale,
+            self.drop_path,
+            self.scan,
+            self.remat,
+            self.dtype,
+        )
+        if not self.tied:
+            self.read_out = dense(self.outputs or self.vocabulary or self.features, ("embed", None), dtype=self.dtype)
+
+    def __call__(
+        self,
+        inputs: Int[AnyArray, "B T"] | Float[AnyArray, "B T F"],
+        *,
+        segment_ids: Int[AnyArray, "B T"] | None = None,
+        mask: Bool[AnyArray, "B T"] | None = None,
+        train: bool = False,
+        intermediates: bool = False,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Float[Array, "L B T D"]]:
+        """Predictions for every place; with `intermediates` also what came out of each of the L layers.
+
+        segment_ids, mask and train as in `zoo.layers.mixer.Mixer`. Learned positions count from the start of the row.
+        Raises ZooError for inputs of another kind, or longer than the table of positions.
+        """
+        self._check_inputs(inputs, axes=2)
+        x = self.embed(jnp.asarray(inputs))
+        if self.convolution:
+            x = x + self.convolve(x, segment_ids=segment_ids, mask=mask)
+        if self.max_length:
+            if x.shape[1] > self.max_length:
+                raise ZooError(f"SequenceModel: got {x.shape[1]} places, wanted at most max_length {self.max_length}")
+            x = x + self.positions[: x.shape[1]].astype(x.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        y = self.backbone(x, segment_ids=segment_ids, mask=mask, train=train, intermediates=intermediates)
+        if intermediates:
+            return self._read(y[0]), y[1]
+        return self._read(y)
+
+    def initial_state(self, batch: int, capacity: int = 2048) -> State:
+        """The state of `step` before the first place; memories of tokens have room for `capacity`."""
+        convolved = self.convolve.initial_state(batch) if self.convolution else ()
+        return self.backbone.initial_state(batch, capacity), convolved, jnp.zeros(batch, jnp.int32)
+
+    def step(
+        self, inputs: Int[AnyArray, " B"] | Float[AnyArray, "B F"], state: State
+    ) -> tuple[Float[Array, "B V"], State]:
+        """One place of each row → its predictions and the new state. NaN past the table of learned positions."""
+        self._check_inputs(inputs, axes=1)
+        memory, convolved, time = state
+        x = self.embed(jnp.asarray(inputs))
+        if self.convolution:
+            near, convolved = self.convolve.step(x, convolved)
+            x = x + near
+        if self.max_length:
+            x = x + self.positions.at[time].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
+        y, memory = self.backbone.step(x, memory)
+        return self._read(y), (memory, convolved, time + 1)
+
+    @nn.nowrap
+    def example(self) -> tuple[Array]:
+        """The smallest input."""
+        return (jnp.zeros((1, 1), jnp.int32) if self.vocabulary else jnp.zeros((1, 1, self.features)),)
+
+    def _read(self, y: Array) -> Array:
+        return (self.embed.attend(y) if self.tied else self.read_out(y)).astype(jnp.float32)
+
+    def _check_options(self) -> None:
+        if (self.vocabulary > 0) == (self.features > 0):
+            raise ZooError(
+                f"SequenceModel wants a vocabulary or features, got vocabulary {self.vocabulary}, "
+                f"features {self.features}"
+            )
+        if self.tied and (not self.vocabulary or self.outputs not in (None, self.vocabulary)):
+            raise ZooError("SequenceModel: tied: wanted tokens in and out of one vocabulary")
+
+    def _check_inputs(self, inputs: AnyArray, axes: int) -> None:
+        integers = jnp.issubdtype(inputs.dtype, jnp.integer)
+        wanted = (
+            f"integers of {axes} axes" if self.vocabulary else f"floats of {axes + 1} axes, the last {self.features}"
+        )
+        fits = (
+            integers and inputs.ndim == axes
+            if self.vocabulary
+            else not integers and inputs.ndim == axes + 1 and inputs.shape[-1] == self.features
+        )
+        if not fits:
+            raise ZooError(f"SequenceModel: inputs: got {inputs.dtype} {list(inputs.shape)}, wanted {wanted}")
