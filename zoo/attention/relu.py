@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zoo.attention.caches import Cache
 from zoo.attention.softmax import HEADS, Softmax, segment_pair
 from zoo.layers.devices import on_devices
+from zoo.layers.mixer import State
 from zoo.types import Array
 
 QUERIES = 128
@@ -34,7 +34,7 @@ class Relu(Softmax):
 
         return on_devices(op, (q, k, v, *ids), (HEADS, HEADS, HEADS, *(("batch", None),) * len(ids)), HEADS)
 
-    def recalled(self, q: Array, k: Array, v: Array, state: Cache) -> tuple[Array, Cache]:
+    def recalled(self, q: Array, k: Array, v: Array, state: State) -> tuple[Array, State]:
         def read(q: Array, k: Array, v: Array, visible: Array) -> Array:
             # Places of a cache that every head sees alike, or each its own.
             seen = jnp.swapaxes(jnp.broadcast_to(visible, k.shape[:3]), 1, 2)[:, :, None]

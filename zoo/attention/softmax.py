@@ -8,7 +8,7 @@ Gemma 3 and Qwen 3.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from kernels.decoding import attend as attend_to_cache
 from kernels.decoding import prefix
 from kernels.packing import runs
 from kernels.sparse_attention import Causal, Full, Mask, sparse_attention
-from zoo.attention.caches import Cache, KeepAll, KeyValueCache, Policy
+from zoo.attention.caches import KeepAll, KeyValueCache, Policy
 from zoo.errors import ZooError
 from zoo.layers.devices import on_devices
 from zoo.layers.mixer import Mixer, State, head_count
@@ -54,7 +54,7 @@ class Softmax(Mixer):
     bias: bool = False
     cache: Policy = KeepAll()
 
-    ways = (True, False)
+    ways: ClassVar[tuple[bool, ...]] = (True, False)
 
     def setup(self) -> None:
         heads, groups, width = self.head_sizes()
@@ -155,7 +155,7 @@ class Softmax(Mixer):
         """[B, T, H, K]: each head's output."""
         return masked_attention(q, k, v, self.sight(), segment_ids=segment_ids, mask=mask)
 
-    def recalled(self, q: Array, k: Array, v: Array, state: Cache) -> tuple[Array, Cache]:
+    def recalled(self, q: Array, k: Array, v: Array, state: State) -> tuple[Array, State]:
         """`mixed` of one token, [B, H, K], and the state with it."""
 
         def read(q: Array, k: Array, v: Array, visible: Array) -> Array:
