@@ -14,7 +14,7 @@ import flax.linen as nn
 from zoo.errors import ZooError
 from zoo.types import Variables
 
-MODULES = ("zoo.encoders.labram",)
+MODULES = ("zoo.encoders.labram", "zoo.encoders.sequence")
 """Model files. Each registers its variants when it is imported."""
 
 

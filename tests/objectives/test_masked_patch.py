@@ -286,3 +286,8 @@ def test_it_learns_a_wave_that_all_channels_share() -> None:
     after, metrics, _ = evaluate(variables, unseen)
     assert after < 0.2 * before
     assert metrics["waveform_r2"] > 0.8
+
+
+def test_a_model_that_is_no_encoder_of_signals_is_refused():
+    with pytest.raises(ZooError, match=r"task.model: sequence_tiny is not an encoder of signals"):
+        MaskedPatch(model="sequence_tiny").encoder()

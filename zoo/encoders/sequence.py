@@ -19,6 +19,7 @@ from zoo.layers.backbone import Backbone
 from zoo.layers.convolution import ShortConvolution
 from zoo.layers.mixer import State
 from zoo.layers.parameters import dense, partitioned
+from zoo.registry import Card, register
 from zoo.types import AnyArray, Array
 
 
@@ -161,3 +162,58 @@ class SequenceModel(nn.Module):
         )
         if not fits:
             raise ZooError(f"SequenceModel: inputs: got {inputs.dtype} {list(inputs.shape)}, wanted {wanted}")
+
+
+_LANGUAGE: dict[str, Any] = {"mlp": "none", "tied": True}
+
+
+def _mamba(dim: int, layers: int) -> dict[str, Any]:
+    return {**_LANGUAGE, "dim": dim, "mixers": ("mamba",) * layers, "vocabulary": 50_280}
+
+
+def _mamba2(dim: int, layers: int) -> dict[str, Any]:
+    return {**_LANGUAGE, "dim": dim, "mixers": ("mamba2",) * layers, "vocabulary": 50_288}
+
+
+_MAMBA = (
+    "Gu, Dao. Mamba: Linear-Time Sequence Modeling with Selective State Spaces. arXiv 2312.00752",
+    "state-spaces/mamba",
+)
+_MAMBA2 = ("Dao, Gu. Transformers are SSMs. ICML 2024, arXiv 2405.21060", "state-spaces/mamba")
+_COUNT = "parity of the mixer, see tests/parity; shapes: parameter count of the published model"
+
+VARIANTS: dict[str, tuple[dict[str, Any], int, tuple[str, str], str]] = {
+    "sequence_tiny": (
+        {"dim": 64, "mixers": ("softmax",) * 2, "vocabulary": 256, "mlp": "gelu"},
+        132_032,
+        ("none: ours, for tests and ablations", "this repository"),
+        "trained: benchmarks/mixers.py",
+    ),
+    "mamba_130m": (_mamba(768, 24), 129_135_360, _MAMBA, _COUNT),
+    "mamba_370m": (_mamba(1024, 48), 371_516_416, _MAMBA, _COUNT),
+    "mamba_790m": (_mamba(1536, 48), 793_204_224, _MAMBA, _COUNT),
+    "mamba_1400m": (_mamba(2048, 48), 1_372_178_432, _MAMBA, _COUNT),
+    "mamba_2800m": (_mamba(2560, 64), 2_768_345_600, _MAMBA, _COUNT),
+    "mamba2_130m": (_mamba2(768, 24), 128_989_632, _MAMBA2, _COUNT),
+    "mamba2_370m": (_mamba2(1024, 48), 368_346_624, _MAMBA2, _COUNT),
+    "mamba2_780m": (_mamba2(1536, 48), 780_161_280, _MAMBA2, _COUNT),
+    "mamba2_1300m": (_mamba2(2048, 48), 1_343_757_312, _MAMBA2, _COUNT),
+    "mamba2_2700m": (_mamba2(2560, 64), 2_702_599_680, _MAMBA2, _COUNT),
+}
+"""Options, parameters with the tied embedding, paper and code, evidence."""
+
+for _name, (_options, _parameters, (_paper, _code), _evidence) in VARIANTS.items():
+    register(
+        _name,
+        SequenceModel,
+        _options,
+        Card(
+            title=f"Sequence model of {_options['mixers'][0]} mixers, {_parameters / 1e6:.1f} M parameters",
+            paper=_paper,
+            code=_code,
+            licence="Apache-2.0",
+            inputs=f"tokens [B, T] of a vocabulary of {_options['vocabulary']:,}",
+            parameters=_parameters,
+            evidence=_evidence,
+        ),
+    )

@@ -63,8 +63,14 @@ class MaskedPatch:
     pooled_rank: int = 256
 
     def encoder(self) -> nn.Module:
-        """The encoder alone. Its variables are `{"params": variables["params"]["encoder"]}`."""
-        return create(self.model, **{"dtype": jnp.dtype(self.dtype), "remat": self.remat, **self.options})
+        """The encoder alone. Its variables are `{"params": variables["params"]["encoder"]}`.
+
+        Raises ZooError for a model that does not take signals and sensors.
+        """
+        encoder = create(self.model, **{"dtype": jnp.dtype(self.dtype), "remat": self.remat, **self.options})
+        if not hasattr(encoder, "check_sensors"):
+            raise ZooError(f"task.model: {self.model} is not an encoder of signals, such as labram_tiny")
+        return encoder
 
     def module(self) -> MaskedPatchModel:
         """Encoder and heads."""
