@@ -221,7 +221,7 @@ def test_without_penalty_all_groups_are_equal_and_with_it_they_differ():
 def test_wrong_options_are_named():
     with pytest.raises(ZooError, match="5 beams do not divide into 2 groups"):
         found(beams=5, groups=2)
-    with pytest.raises(ZooError, match="p: got 0.0, wanted 0 < p <= 1"):
+    with pytest.raises(ZooError, match=r"p: got 0\.0, wanted 0 < p <= 1"):
         TopP(0.0)
-    with pytest.raises(ZooError, match="temperature: got 0.0, wanted more than 0"):
+    with pytest.raises(ZooError, match=r"temperature: got 0\.0, wanted more than 0"):
         TopP(temperature=0.0)
