@@ -51,12 +51,14 @@ BLOCKS = {"heads": 4, "kv_heads": 2, "block_size": 4, "stride": 2, "compression_
 TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES = {
+    # Pointer: W_1 and W_2 32² each, v 32; with 16 hidden features 32 · 16 each and 16.
+    "pointer": Case("pointer", 2048 + 32),
+    "pointer both ways": Case("pointer", 1024 + 16, {"hidden": 16, "causal": False}),
     # Duplex: q, k, v and out 4 · 32², a gate for each of 2 heads.
-    "duplex": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (6,)}),
-    "duplex of three": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (5, 6), "mapping": "none"}),
+    "duplex": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (5, 6)}),
     "duplex both ways": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False}),
     "duplex partly both ways": Case(
-        "duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False, "autoregressive": (1,)}
+        "duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False, "autoregressive": (0,)}
     ),
     # Reversed: q, k, v 3 · 32², out 32² + 32, selector 32 · 2, controller 32 · 16 + 16.
     "reversed": Case("reversed", 3072 + 1056 + 64 + 528, {"heads": 2}),
@@ -95,9 +97,9 @@ CASES = {
     # 64 features within, two groups of N = 8: x, gate and out 32 · 64 each, B and C 32 · 16 each, Δ 32 · 4, convolution
     # (4 + 1) · 96, three of 4 a head, norm 64.
     "mamba2": Case("mamba2", 6144 + 1024 + 128 + 480 + 12 + 64, {"heads": 4, "states": 8, "groups": 2}),
-    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights; its
-    # norm 32, gate and out 32² each. One layer with a norm: two heads of 16² + 16. Attention 4 · 32², 2 · 32 persistent;
-    # "mac" and "mag" have a second norm in place of the gate.
+    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights; norm
+    # 32, gate and out 32² each. One layer with a norm: two heads of 16² + 16. Attention 4 · 32², persistent 2 · 32; mac
+    # and mag have a second norm in place of the gate.
     "titans lmm": Case("titans", 3072 + 384 + 198 + 2048 + 2080, {**TITANS, "wiring": "lmm"}, border=8),
     "titans lmm by chunk": Case(
         "titans",
@@ -196,8 +198,8 @@ CASES = {
     # As softmax.
     "relu": Case("relu", 3072, {"heads": 4, "kv_heads": 2}),
     "relu both ways": Case("relu", 4096, {"heads": 2, "causal": False}),
-    # Heads of 8: q and out 32² each, three of k and v for two groups 32 · 16 each, gates 32 · 12; compression of k and v
-    # 4 · 8 positions, 4 · 8 · 8 and 8 · 8. In bfloat16 other blocks may be chosen.
+    # Heads of 8: q and out 32² each, three of k and v for two groups 32 · 16 each, gates 32 · 12; compression of k and
+    # v 4 · 8 positions, 4 · 8 · 8 and 8 · 8. In bfloat16 other blocks may be chosen.
     "native_sparse": Case(
         "native_sparse", 2048 + 3072 + 384 + 2 * 352, {**BLOCKS, "window": 6}, border=12, rounding=0.3
     ),
@@ -209,6 +211,11 @@ CASES = {
         border=12,
         rounding=0.3,
     ),
+    # Queries by a latent of 32 and its norm 32, heads of 8: 3 · 32² with out, 4 rotary features 32 · 16 and 32 · 4.
+    # Local: latent of 32 and its norm 32² + 32, up 2 · 32². Global: latents of two groups of 16 and their norm 32² + 16,
+    # up 2 · 2 · 16 · 8, gates 32 · 8, compression 4 · 16 + 4 · 16 · 16 + 16². In bfloat16 other blocks may be chosen.
+    "asa_local": Case("asa_local", 3744 + 1056 + 2048, {"heads": 4, "window": 6}, border=12),
+    "asa_global": Case("asa_global", 3744 + 1040 + 512 + 256 + 1344, BLOCKS, border=12, rounding=0.3),
     # As softmax grouped without norms. In bfloat16 other blocks may be chosen.
     "moba": Case("moba", 3072, {"heads": 4, "kv_heads": 2, "block_size": 4, "top_k": 3}, border=12, rounding=0.3),
     "sliding_window": Case("sliding_window", 4096, {"heads": 2, "window": 5}),
