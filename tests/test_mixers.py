@@ -216,6 +216,9 @@ CASES = {
     # up 2 · 2 · 16 · 8, gates 32 · 8, compression 4 · 16 + 4 · 16 · 16 + 16². In bfloat16 other blocks may be chosen.
     "asa_local": Case("asa_local", 3744 + 1056 + 2048, {"heads": 4, "window": 6}, border=12),
     "asa_global": Case("asa_global", 3744 + 1040 + 512 + 256 + 1344, BLOCKS, border=12, rounding=0.3),
+    # As softmax, with biases of 4 · 32.
+    "region": Case("region", 4096 + 128, {"heads": 2}, idle={"key/bias": "a softmax does not see what all keys share"}),
+    "region windows": Case("region", 4096, {"heads": 2, "grid": (4, 6), "windows": (4, 4), "bias": False}),
     # As softmax grouped without norms. In bfloat16 other blocks may be chosen.
     "moba": Case("moba", 3072, {"heads": 4, "kv_heads": 2, "block_size": 4, "top_k": 3}, border=12, rounding=0.3),
     "sliding_window": Case("sliding_window", 4096, {"heads": 2, "window": 5}),
