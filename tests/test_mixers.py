@@ -57,9 +57,6 @@ CASES = {
     # Duplex: q, k, v and out 4 · 32², a gate for each of 2 heads.
     "duplex": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (5, 6)}),
     "duplex both ways": Case("duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False}),
-    "duplex partly both ways": Case(
-        "duplex", 4096 + 2, {"heads": 2, "modalities": (6,), "causal": False, "autoregressive": (0,)}
-    ),
     # Reversed: q, k, v 3 · 32², out 32² + 32, selector 32 · 2, controller 32 · 16 + 16.
     "reversed": Case("reversed", 3072 + 1056 + 64 + 528, {"heads": 2}),
     # L2ViT: q, k, v and out 4 · (32² + 32), position 32 · (3² + 1); global also τ 2, norm 64, two convolutions of
