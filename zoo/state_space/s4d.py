@@ -129,9 +129,7 @@ class DiagonalStateSpace(nn.Module):
         if self.states < 2 or self.states % 2:
             raise ZooError(f"s4d: states: got {self.states}, wanted an even number of them")
         if not 0 < self.steps[0] <= self.steps[1] or self.rate <= 0:
-            raise ZooError(
-                f"s4d: got steps {self.steps} and rate {self.rate}, wanted 0 < smallest <= largest, 0 < rate"
-            )
+            raise ZooError(f"s4d: steps {self.steps}, rate {self.rate}: wanted 0 < smallest <= largest and 0 < rate")
         imaginary, B = initial_frequencies(self.frequencies, self.states)
         shape = (self.features, self.states // 2)
 
