@@ -113,7 +113,7 @@ def test_a_long_recording_keeps_its_precision():
     rough = run(model, jnp.asarray(spikes, jnp.float32))
     with jax.enable_x64(True):
         exact = run(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model), jnp.asarray(spikes, jnp.float64))
-    # The log likelihood, about −7,000, is known to some thousandths in float32; posteriors do not come from such numbers.
+    # The log likelihood, about −7,000, is known to thousandths; posteriors do not come from such numbers.
     np.testing.assert_allclose(rough.states, exact.states, atol=1e-4)
 
 

@@ -140,7 +140,7 @@ def log_emissions(network: Network, spikes: Float[Array, "T N"]) -> Float[Array,
 
 
 def log_prior(network: Network, temperature: float = 0.5, sigma: float = 1.0) -> Float[Array, ""]:
-    """Log density of all states' connections: Gumbel-Softmax's (Jang et al., 1611.01144, appendix B) or the normal one."""
+    """Log density of all connections: of Gumbel-Softmax (Jang et al., 1611.01144, appendix B), or normal."""
     others = 1 - jnp.eye(network.bias.shape[-1])
     if "weight" in network.connections:
         density = jax.scipy.stats.norm.logpdf(weights(network), network.shared, sigma)
