@@ -53,7 +53,8 @@ class Grassmann(Mixer):
     width    r
     offsets  Δ
     fusion   "blend" as above, "residual" h_t + α_t ⊙ g_t
-    epsilon  of the coordinates' norm
+    epsilon  of the coordinates' norm. The source's 1e-8 is below rounding: tokens that are parallel but for it get a
+             plane all the same, and gradients through equal ones grow to 1 / ε. Where signals are flat, 1e-3 is safer
     dropout  rate, after the last norm
     """
 
