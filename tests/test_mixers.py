@@ -51,6 +51,21 @@ BLOCKS = {"heads": 4, "kv_heads": 2, "block_size": 4, "stride": 2, "compression_
 TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES = {
+    # Spiking: q, k and out 3 · (32² + 2 · 32) and 32, convolution 32 · 3, around its place 32 · (3 + 1); feedback also v
+    # and inhibition 2 · (32² + 2 · 32) and 3. Thresholds low enough for neurons to fire; in bfloat16 a few others do.
+    "spiking": Case("spiking", 3264 + 32 + 96, {"heads": 2, "threshold": 0.5}),
+    "spiking spikes, both ways": Case(
+        "spiking",
+        3264 + 32 + 128,
+        {"heads": 2, "threshold": 0.2, "causal": False, "readout": "spikes", "surrogate": "atan"},
+        rounding=0.2,
+    ),
+    "spiking feedback": Case(
+        "spiking",
+        3264 + 32 + 96 + 2176 + 3,
+        {"heads": 2, "threshold": 0.2, "attention_threshold": 0.1, "feedback": True, "steps": 2},
+        rounding=0.2,
+    ),
     # Pointer: W_1 and W_2 32² each, v 32; with 16 hidden features 32 · 16 each and 16.
     "pointer": Case("pointer", 2048 + 32),
     "pointer both ways": Case("pointer", 1024 + 16, {"hidden": 16, "causal": False}),

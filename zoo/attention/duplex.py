@@ -198,7 +198,7 @@ class Duplex(Mixer):
         return self.out(gate * within + (1 - gate) * between)
 
     def _mapped(self, x: Float[Array, "B T D"], own: Bool[Array, "B M T"], ids: Array | None) -> Float[Array, "BM T D"]:
-        """x_j G_m, M in place of each example; G_m is of the tokens where `own`, up to j where later ones are unseen."""
+        """x_j G_m, M in place of each example; G_m of the tokens where `own`, up to j where later ones are unseen."""
         many = self.count()
         rows = jnp.repeat(x.astype(self.dtype), many, axis=0)
         if self.mapping == "none":

@@ -44,9 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Options of `L2ViT`: 29, 50, 89 and 89 million parameters with 1000 classes; the last for images of 384²."""
 
 
-def batch_norm(dtype: DTypeLike) -> nn.BatchNorm:
-    """Over all but the features, as PyTorch's: momentum 0.1, running statistics in the collection "batch_stats"."""
-    scale, bias = (partitioned(init, "embed") for init in (nn.initializers.ones, nn.initializers.zeros))
+def batch_norm(dtype: DTypeLike, axis: str = "embed") -> nn.BatchNorm:
+    """Over all but the features, as PyTorch's: momentum 0.1, running statistics in the collection "batch_stats".
+
+    `axis` is the features' logical name.
+    """
+    scale, bias = (partitioned(init, axis) for init in (nn.initializers.ones, nn.initializers.zeros))
     return nn.BatchNorm(momentum=0.9, epsilon=EPSILON, dtype=dtype, scale_init=scale, bias_init=bias)
 
 
@@ -57,11 +60,13 @@ class GridConvolution(nn.Module):
 
     features, width   F, and how many places are seen along each axis: an odd number
     axes              A, those of the grid
+    kernel_init       how the kernel is drawn; the bias is 0
     """
 
     features: int
     width: int = 3
     axes: int = 2
+    kernel_init: Any = INIT
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -69,7 +74,7 @@ class GridConvolution(nn.Module):
             raise ZooError(f"a convolution around its place has an odd width, got {self.width}")
         whole = (None,) * self.axes
         self.kernel = self.param(
-            "kernel", partitioned(INIT, *whole, "embed"), ((self.width,) * self.axes + (self.features,))
+            "kernel", partitioned(self.kernel_init, *whole, "embed"), ((self.width,) * self.axes + (self.features,))
         )
         self.bias = self.param("bias", partitioned(nn.initializers.zeros, "embed"), (self.features,))
 
