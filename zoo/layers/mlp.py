@@ -18,6 +18,9 @@ from zoo.types import Array
 
 MLPS: dict[str, str] = {
     "gelu": "zoo.layers.mlp:GeluMLP",
+    "kan": "zoo.layers.kan:KAN",
+    "moe": "zoo.layers.mixture_of_experts:MixtureOfExperts",
+    "mohd": "zoo.layers.mixture_of_hidden:MixtureOfHidden",
     "swiglu": "zoo.layers.mlp:SwiGLU",
 }
 """Name → module:class. "none" leaves the half out, for mixers that are whole blocks, such as Mamba."""
