@@ -51,6 +51,13 @@ BLOCKS = {"heads": 4, "kv_heads": 2, "block_size": 4, "stride": 2, "compression_
 TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES = {
+    # Hierarchical windows: q, k, v and out 4 · (32² + 32), an embedding of 32 for each level.
+    "hierarchical_window": Case(
+        "hierarchical_window",
+        4224 + 64,
+        {"heads": 2, "grid": (4, 6), "window": 2, "reach": (1, 3), "samples": (2, 2)},
+    ),
+    "hierarchical_window in time": Case("hierarchical_window", 4224 + 96, {"heads": 2}),
     # Spiking: q, k and out 3 · (32² + 2 · 32) and 32, convolution 32 · 3, around its place 32 · (3 + 1); feedback also v
     # and inhibition 2 · (32² + 2 · 32) and 3. Thresholds low enough for neurons to fire; in bfloat16 a few others do.
     "spiking": Case("spiking", 3264 + 32 + 96, {"heads": 2, "threshold": 0.5}),
@@ -124,20 +131,20 @@ CASES = {
     "titans mal": Case("titans", 5702 + 4096 + 64 + 2080, {**TITANS, "wiring": "mal", "activation": "silu"}, border=8),
     # q, k, v and out 4 · 32², gate 32 · 8 + 8 · 32, norm 32.
     "lightnet": Case("lightnet", 4096 + 512 + 32, {"heads": 2, "rank": 8}),
-    # A norm of 16, rates 2 · 16, and for TPE two vectors of 32, a decay of 2, a norm of 16 and 32².
+    # A norm of 8, rates 4 · 8, and for TPE two vectors of 32, a decay of 4, a norm of 8 and 32².
     "lightnet of the author": Case(
         "lightnet",
-        4096 + 512 + 16 + 32 + 1106,
+        4096 + 512 + 8 + 32 + 1100,
         {
-            **{"heads": 2, "rank": 8, "gate": "sigmoid", "joint_norm": False},
+            **{"heads": 4, "rank": 8, "gate": "sigmoid", "joint_norm": False},
             **{"tpe": True, "lrpe": True, "start_at_one": True},
         },
     ),
-    # Rates 2 · 8 for two axes, TPE of two axes.
+    # Rates 4 · 4 for two axes, TPE of two axes.
     "lightnet both ways, 2-D": Case(
         "lightnet",
-        4096 + 512 + 32 + 16 + 2212,
-        {"heads": 2, "rank": 8, "causal": False, "grid": (4, 5), "prefix": 4, "tpe": True, "lrpe": True},
+        4096 + 512 + 32 + 16 + 2200,
+        {"heads": 4, "rank": 8, "causal": False, "grid": (4, 5), "prefix": 4, "tpe": True, "lrpe": True},
     ),
     # q, k, v and out: 4 · 32².
     "linear": Case("linear", 4096, {"heads": 2}),

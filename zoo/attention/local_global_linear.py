@@ -155,20 +155,17 @@ class Concentration(nn.Module):
 
 
 class GridMixer(Mixer):
-    """A mixer of tokens that lie on a grid, no matter in which direction.
+    """A mixer of tokens that lie on a grid, no matter in which direction, by attention of some kind.
 
     grid       sizes of one to three axes whose product is T, the last axis fastest; () is time alone
     heads      H; as many of 32 features as fit unless given
     bias       on the projections to queries, keys and values; the output has one in any case
-    position   width of the convolution whose result is added to the tokens first (conditional position encoding,
-               2102.10882): all that tells the mixer where tokens are. 0 leaves it out
     """
 
     causal: bool = False
     grid: tuple[int, ...] = ()
     heads: int | None = None
     bias: bool = True
-    position: int = 3
 
     ways = (False,)
 
@@ -181,14 +178,6 @@ class GridMixer(Mixer):
             split_heads(self.dim, heads, width, bias=self.bias, init=INIT, dtype=self.dtype) for _ in range(3)
         )
         self.out = merge_heads(heads, width, self.dim, bias=True, init=INIT, dtype=self.dtype)
-        if self.position:
-            self.around = GridConvolution(self.dim, self.position, self.axes(), dtype=self.dtype)
-
-    def placed(self, x: Array, segment_ids: Array | None, mask: Array | None) -> Array:
-        """The tokens with what tells their places."""
-        if not self.position:
-            return x
-        return x + self.around(x, self.sizes(x.shape[1]), segment_ids=segment_ids, mask=mask)
 
     @nn.nowrap
     def axes(self) -> int:
@@ -203,7 +192,27 @@ class GridMixer(Mixer):
         return grid
 
 
-class LocalWindow(GridMixer):
+class Conditional(GridMixer):
+    """One that knows places by a convolution whose result is added to the tokens first (2102.10882).
+
+    position   its width; 0 leaves it out
+    """
+
+    position: int = 3
+
+    def setup(self) -> None:
+        super().setup()
+        if self.position:
+            self.around = GridConvolution(self.dim, self.position, self.axes(), dtype=self.dtype)
+
+    def placed(self, x: Array, segment_ids: Array | None, mask: Array | None) -> Array:
+        """The tokens with what tells their places."""
+        if not self.position:
+            return x
+        return x + self.around(x, self.sizes(x.shape[1]), segment_ids=segment_ids, mask=mask)
+
+
+class LocalWindow(Conditional):
     """Softmax attention among the tokens of a window; windows stand side by side, none is shifted.
 
     window   tokens along each axis
@@ -231,7 +240,7 @@ class LocalWindow(GridMixer):
         return self.out(out.reshape(x.shape[0], -1, *out.shape[3:])[:, back])
 
 
-class GlobalLinear(GridMixer):
+class GlobalLinear(Conditional):
     """out_t = τ · (sum_j relu(q_t) · relu(k_j) v_j) / max(sum_j relu(q_t) · relu(k_j), clamp) for every head.
 
     τ is learned for each head, at first K^-½. The denominator's bound is the code's, for stability; it meets sums that
