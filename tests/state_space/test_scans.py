@@ -279,8 +279,9 @@ def test_the_gradient_of_the_root_is_bounded():
         ("s5", {"blocks": 1, "rate": 0.0}, "rate 0.0: wanted 0 < smallest <= largest and 0 < rate"),
         ("s5", {"blocks": 1, "discretization": "euler"}, "discretization is zoh or bilinear, got 'euler'"),
         ("mamba", {"steps": (0.0, 0.1)}, r"mamba: steps: got \(0.0, 0.1\), wanted 0 < smallest <= largest"),
-        ("rg_lru", {"heads": 3, "features": 8}, "rg_lru: 8 features, 8 states do not divide into 3 heads"),
-        ("rg_lru", {"heads": 4, "features": 12, "real": False}, "rg_lru: 12 features, 6 states do not divide into 4"),
+        ("rg_lru", {"heads": 3, "features": 8}, "rg_lru: features: got 8, wanted a multiple of 3"),
+        ("rg_lru", {"heads": 4, "features": 12, "real": False}, "rg_lru: features: got 12, wanted a multiple of 8"),
+        ("rg_lru", {"heads": 0}, "rg_lru: heads: got 0, wanted at least 1"),
         ("rg_lru", {"heads": 2, "radius": 1.0}, "rg_lru: radius: got 1.0, wanted more than 0 and less than 0.999"),
     ],
 )

@@ -111,11 +111,11 @@ class RGLRU(Mixer):
     All maps have biases. Gates and states are float32.
 
     heads     blocks of the diagonal maps W_a and W_i
-    features  F, width of the recurrence; 4/3 · D, rounded up to a multiple of the blocks, unless given
+    features  F, width of the recurrence; 4/3 · D, rounded up to what blocks divide, unless given
     width     tokens that the convolution sees
     real      False makes states complex, F / 2 of them: the first half of u is real parts, the second imaginary ones,
               and log a_t has the imaginary part r_t θ
-    radius    smallest decay at the power of one that Λ is drawn for
+    radius    smallest exp(−softplus(Λ)) when drawn; the largest is 0.999
     """
 
     heads: int = 16
@@ -125,10 +125,14 @@ class RGLRU(Mixer):
     radius: float = 0.9
 
     def setup(self) -> None:
-        features = self.hidden_features()
-        states = features if self.real else features // 2
-        if self.heads < 1 or features % self.heads or states % self.heads or (not self.real and features % 2):
-            raise ZooError(f"rg_lru: {features} features, {states} states do not divide into {self.heads} heads")
+        parts = 1 if self.real else 2
+        shares = self.heads * parts
+        if shares < 1:
+            raise ZooError(f"rg_lru: heads: got {self.heads}, wanted at least 1")
+        features = -(-4 * self.dim // (3 * shares)) * shares if self.features is None else self.features
+        if features % shares:
+            raise ZooError(f"rg_lru: features: got {features}, wanted a multiple of {shares}")
+        states = features // parts
         if not 0 < self.radius < LARGEST_RADIUS:
             raise ZooError(f"rg_lru: radius: got {self.radius}, wanted more than 0 and less than {LARGEST_RADIUS}")
         self.gate = dense(features, bias=True, init=NORMAL, dtype=self.dtype)
@@ -168,11 +172,6 @@ class RGLRU(Mixer):
         log_decay, added = self._gated(u, ~state.begun)
         hidden, new = linear_scan_step(added, log_decay, state.hidden)
         return self._read_out(x, hidden), RGLRUState(window, new, jnp.ones_like(state.begun))
-
-    @nn.nowrap
-    def hidden_features(self) -> int:
-        """F."""
-        return -(-4 * self.dim // (3 * self.heads)) * self.heads if self.features is None else self.features
 
     def _gated(self, u: Float[Array, "*lead F"], first: Bool[Array, "*lead"]) -> tuple[Array, Array]:
         """Log decays and what enters the states [*lead, F or F/2], float32 or complex64."""

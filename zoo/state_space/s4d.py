@@ -59,19 +59,27 @@ def initial_frequencies(kind: str, states: int) -> tuple[np.ndarray, np.ndarray]
     raise ZooError(f"s4d: frequencies are lin, inv or legs, got {kind!r}")
 
 
-def discretized(method: str, A: Array, step: Array) -> tuple[Array, Array]:
-    """(log Ā, B̄ / B) for steps Δ that broadcast with A; a step of 0 leaves states as they are.
+def zero_order_hold(A: Array, step: Array) -> tuple[Array, Array]:
+    """(log Ā, B̄ / B) of an input held for a step: Ā = exp(ΔA), B̄ = (exp(ΔA) − 1) A⁻¹ B."""
+    return step * A, jnp.expm1(step * A) / A
 
-    zoh, input held for a step: Ā = exp(ΔA), B̄ = (exp(ΔA) − 1) A⁻¹ B. bilinear: Ā = (1 + ΔA/2) / (1 − ΔA/2),
-    B̄ = ΔB / (1 − ΔA/2). Raises ZooError for another name.
-    """
-    match method:
-        case "zoh":
-            return step * A, jnp.expm1(step * A) / A
-        case "bilinear":
-            half = step * A / 2
-            return jnp.log((1 + half) / (1 - half)), step / (1 - half)
-    raise ZooError(f"discretization is zoh or bilinear, got {method!r}")
+
+def bilinear(A: Array, step: Array) -> tuple[Array, Array]:
+    """(log Ā, B̄ / B) of Tustin's rule: Ā = (1 + ΔA/2) / (1 − ΔA/2), B̄ = ΔB / (1 − ΔA/2)."""
+    half = step * A / 2
+    return jnp.log((1 + half) / (1 - half)), step / (1 - half)
+
+
+DISCRETIZATIONS = {"zoh": zero_order_hold, "bilinear": bilinear}
+"""A and steps Δ that broadcast. A step of 0 leaves states as they are."""
+
+
+def check_time(mixer: str, discretization: str, steps: tuple[float, float], rate: float) -> None:
+    """Raises ZooError for options that are no way to measure time."""
+    if discretization not in DISCRETIZATIONS:
+        raise ZooError(f"{mixer}: discretization is zoh or bilinear, got {discretization!r}")
+    if not 0 < steps[0] <= steps[1] or rate <= 0:
+        raise ZooError(f"{mixer}: steps {steps}, rate {rate}: wanted 0 < smallest <= largest and 0 < rate")
 
 
 def log_uniform(smallest: float, largest: float) -> Any:
@@ -128,8 +136,7 @@ class DiagonalStateSpace(nn.Module):
     def setup(self) -> None:
         if self.states < 2 or self.states % 2:
             raise ZooError(f"s4d: states: got {self.states}, wanted an even number of them")
-        if not 0 < self.steps[0] <= self.steps[1] or self.rate <= 0:
-            raise ZooError(f"s4d: steps {self.steps}, rate {self.rate}: wanted 0 < smallest <= largest and 0 < rate")
+        check_time("s4d", self.discretization, self.steps, self.rate)
         imaginary, B = initial_frequencies(self.frequencies, self.states)
         shape = (self.features, self.states // 2)
 
@@ -143,7 +150,6 @@ class DiagonalStateSpace(nn.Module):
         ways = 1 if self.causal else 2
         self.C = self.param("C", pairs(complex_normal, None, "mlp", None), (ways, *shape, 2))
         self.D = self.param("D", partitioned(nn.initializers.normal(1.0), "mlp"), (self.features,))
-        discretized(self.discretization, jnp.complex64(-1), jnp.float32(1))
 
     def __call__(
         self,
@@ -158,7 +164,7 @@ class DiagonalStateSpace(nn.Module):
         return self.scanned(u, segment_ids, mask)
 
     def convolved(self, u: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-        """T log T operations a feature, whatever the number of states."""
+        """T log T operations a feature, whatever the number of states; each device has all of time."""
         time = u.shape[1]
 
         def op(u: Array, kernel: Array) -> Array:
@@ -220,7 +226,7 @@ class DiagonalStateSpace(nn.Module):
         """(log Ā, B̄ / B) [F, N / 2], or [B, T, F, N / 2] where `time` [B, T] multiplies the steps."""
         A = jax.lax.complex(-jnp.exp(self.A_re), -self.A_im)
         step = self.rate * jnp.exp(self.log_step)[:, None]
-        return discretized(self.discretization, A, step if time is None else time[..., None, None] * step)
+        return DISCRETIZATIONS[self.discretization](A, step if time is None else time[..., None, None] * step)
 
     def _driven(self, u: Float[Array, "*lead F"], time: Array | None) -> tuple[Array, Array]:
         """log Ā and B̄ u_t [*lead, F, N / 2]."""

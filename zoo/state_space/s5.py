@@ -19,7 +19,7 @@ from zoo.errors import ZooError
 from zoo.layers.devices import linear_scan
 from zoo.layers.mixer import Mixer
 from zoo.layers.parameters import dense, partitioned
-from zoo.state_space.s4d import as_complex, discretized, hippo_normal, log_uniform, pairs
+from zoo.state_space.s4d import DISCRETIZATIONS, as_complex, check_time, hippo_normal, log_uniform, pairs
 from zoo.types import Array
 
 SLOWEST = 1e-4
@@ -58,8 +58,7 @@ class S5(Mixer):
             raise ZooError(f"s5: {whole} states do not divide into {self.blocks} blocks of conjugate pairs")
         if self.negative not in ("clip", "exp"):
             raise ZooError(f"s5: negative is clip or exp, got {self.negative!r}")
-        if not 0 < self.steps[0] <= self.steps[1] or self.rate <= 0:
-            raise ZooError(f"s5: steps {self.steps}, rate {self.rate}: wanted 0 < smallest <= largest and 0 < rate")
+        check_time("s5", self.discretization, self.steps, self.rate)
         frequencies, vectors = self._initial_system(whole // self.blocks)
         kept = frequencies.size
         real = -0.5 if self.negative == "clip" else np.log(0.5)
@@ -84,7 +83,6 @@ class S5(Mixer):
         self.C = self.param("C", pairs(turned_output, None, "embed", "mlp"), (ways, self.dim, kept, 2))
         self.D = self.param("D", partitioned(nn.initializers.normal(1.0), "embed"), (self.dim,))
         self.gate = dense(self.dim, ("embed", "mlp"), bias=True, dtype=self.dtype)
-        self._system(None)
 
     def __call__(
         self,
@@ -139,7 +137,7 @@ class S5(Mixer):
         real = -jnp.exp(self.real) if self.negative == "exp" else jnp.minimum(self.real, -SLOWEST)
         step = self.rate * jnp.exp(self.log_step)
         step = step if times is None else times[..., None] * step
-        return discretized(self.discretization, jax.lax.complex(real, self.imaginary), step)
+        return DISCRETIZATIONS[self.discretization](jax.lax.complex(real, self.imaginary), step)
 
     def _driven(self, x: Float[Array, "*lead D"], times: Array | None) -> tuple[Array, Array]:
         """log Λ̄ and B̄ u_t [*lead, P]."""
