@@ -218,19 +218,22 @@ def test_segments_that_begin_inside_a_chunk_begin_anew(granularity):
 
 def test_step_size_keeps_a_matrix_bounded():
     """The worst keys are all the same: a chunk of them steps by 2 · sum(theta) of the error, beyond 2 it grows."""
-    time, chunk = 256, 16
+    time, chunk = 512, 16
     k = jnp.ones((1, time, 1, 1))
     initial = Memory((jnp.ones((1, 1, 1, 1)),), (jnp.zeros((1, 1, 1, 1)),))
 
     @partial(jax.jit, compiler_options=QUICK)
-    def last(theta):
-        gate = jnp.full((1, time, 1), theta)
-        never = jnp.full_like(gate, -jnp.inf)
-        _, memory = neural_memory(k, k, 0 * k, gate, 0 * gate, never, initial=initial, chunk=chunk)
+    def last(step_size, eta):
+        gate = jnp.full((1, time, 1), step_size * (1 - eta))
+        _, memory = neural_memory(
+            k, k, 0 * k, gate, 0 * gate, jnp.full_like(gate, jnp.log(eta)), initial=initial, chunk=chunk
+        )
         return jnp.abs(memory.weights[0]).max()
 
-    assert last(1 / chunk) <= 1 + 1e-5
-    assert last(1.1 / chunk) > 10
+    for eta in (0.0, 0.3, 0.6, 0.9, 0.99):
+        assert last(1 / chunk, eta) <= 1 + 1e-5
+    assert last(1.1 / chunk, 0.0) > 10
+    assert last(0.5, 0.9) > 10
 
 
 def test_remembers_beyond_the_window():

@@ -57,10 +57,11 @@ class Titans(Mixer):
     expansion    its hidden width in head widths
     activation   between its layers, "gelu" or "silu"
     residual     its output through layer norm and plus its input
-    chunk        tokens whose gradients are taken at the same weights
+    chunk        tokens whose gradients are taken at the same weights; 16 as in TTT (2407.04620), the paper gives none
     granularity  gates and steps for each "token" or "chunk", see `neural_memory`
-    step_size    the largest theta, at most 1; 1 / chunk unless given, with which the steps of a chunk of keys of length
-                 one add up to less than 1, so that a memory of one layer cannot grow without bound (without momentum)
+    step_size    theta = step_size · (1 − eta) · sigmoid, at most 1; 1 / chunk unless given. Then the steps of a chunk
+                 of keys of length one, with all that momentum makes of them, add up to less than 1, and a memory of
+                 one layer cannot grow without bound (`neural_memory`)
     persistent   learned tokens that all see (not "lmm")
     segment      "mac": tokens attended to at once, a multiple of `chunk`
     window       "mag" and "mal": tokens attended to

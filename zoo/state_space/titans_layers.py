@@ -185,13 +185,16 @@ class NeuralMemory(nn.Module):
         mask: Array | None,
     ) -> tuple[Float[Array, "B T H K"], Memory]:
         theta, alpha, eta = (gates[..., n] for n in range(3))
-        theta = self.step_size * jax.nn.sigmoid(theta)
-        if mask is not None:
-            theta = jnp.where(mask[..., None], theta, 0)
         there = mask
         if self.granularity == "chunk":
             alpha, _ = pooled(alpha, self.chunk, fresh, mask)
             eta, there = pooled(eta, self.chunk, fresh, mask)
+        fading = jax.nn.sigmoid(-eta)
+        if self.granularity == "chunk":
+            fading = jnp.repeat(fading, self.chunk, axis=1)[:, : theta.shape[1]]
+        theta = self.step_size * fading * jax.nn.sigmoid(theta)
+        if mask is not None:
+            theta = jnp.where(mask[..., None], theta, 0)
         logs = [jax.nn.log_sigmoid(-alpha), jax.nn.log_sigmoid(eta)]
         if there is not None:
             logs = [jnp.where(there[..., None], log, 0) for log in logs]

@@ -77,8 +77,9 @@ def neural_memory(
 ) -> tuple[Float[Array, "B T H V"], Memory]:
     """What the memory answers to queries, and the memory after the last token.
 
-    theta         step size. Tokens of a chunk step from one place: a memory of one layer cannot grow without bound
-                  where the sum of theta · ‖k‖² over a chunk, divided by 1 − eta, stays below 1
+    theta         step size. Tokens of a chunk step from one place, and momentum repeats each step up to 1 / (1 − eta)
+                  times: a memory of one layer cannot grow without bound where the sum of theta · ‖k‖² over a chunk is
+                  at most 1 − eta, whatever the keys
     log_keep      log(1 − alpha), log_momentum log(eta): at most 0, -inf allowed. A token that is not there has
                   theta = log_keep = log_momentum = 0
     initial       the memory where a segment begins, [1 or B, H, …]
