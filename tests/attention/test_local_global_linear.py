@@ -209,11 +209,12 @@ def test_global_attention_takes_linear_time():
         mixed(variables, x).block_until_ready()
         taken = []
         for _ in range(9):
-            start = time.perf_counter()
+            # Of this process alone, whatever else the machine does.
+            start = time.process_time()
             mixed(variables, x).block_until_ready()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
         return median(taken)
 
     short, long = seconds(1024), seconds(16 * 1024)
-    # 16 times the tokens; quadratic cost would be 256 times the time. The rest is for a machine that does other things.
-    assert long < 2 * 16 * short, f"1k tokens {short:.4f} s, 16k tokens {long:.4f} s"
+    # 16 times the tokens; quadratic cost would be 256 times the time. Half as much more is for caches that overflow.
+    assert long < 1.5 * 16 * short, f"1k tokens {short:.4f} s, 16k tokens {long:.4f} s"

@@ -90,7 +90,8 @@ class GridConvolution(nn.Module):
             x = jnp.where(mask[..., None], x, 0)
         placed, kernel = x.astype(self.dtype).reshape(-1, *grid, self.features), self.kernel.astype(self.dtype)
         if segment_ids is None:
-            # XLA 0.10's compiler splits the kernel's gradient wrongly, twice what it is, where batch and places are.
+            # Left to the compiler (of jax 0.10 and 0.12) the kernel's gradient is as many times too large as devices
+            # hold the same part of x.
             whole = (None,) * self.axes
             axes = ("batch", *whole, "mlp")
             y = on_devices(self._everywhere, (placed, kernel), (axes, (*whole, "mlp")), axes)
