@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from kernels.decoding import ring_times, written
 from kernels.packing import runs, starts
-from kernels.sparse_attention import Causal, Full, Window
+from kernels.sparse_attention import Causal, Window
 from zoo.attention.softmax import segment_pair
 from zoo.errors import ZooError
 from zoo.layers.mixer import Mixer, State, head_count
@@ -166,9 +166,10 @@ class Titans(Mixer):
     def _window(self, x: Array, prefix: Array, segment_ids: Array | None, mask: Array | None) -> Float[Array, "B T D"]:
         """Attention to the last tokens of x [B, T, D] and to the prefix [1, Np, D]."""
         positions = times(x.shape[1], segment_ids)
-        near = (*self.attention.keys(x, positions), Causal() & Window(self.window), segment_pair(segment_ids, mask))
-        always = (*self.attention.keys(prefix, None), Full(), ())
-        return self.attention(self.attention.queries(x, positions), [always, near])
+        near, always = self.attention.keys(x, positions), self.attention.keys(prefix, None)
+        sight = Causal() & Window(self.window)
+        q = self.attention.queries(x, positions)
+        return self.attention(q, always, [near], sight, segment_pair(segment_ids, mask))
 
     def _window_step(self, x: Array, prefix: Array, state: TitansState) -> tuple[Float[Array, "B D"], Array, Array]:
         """One token, and the rings of keys and values with it."""
@@ -230,9 +231,9 @@ class Titans(Mixer):
         prefix, initial = self._begin()
         h = retrieve(given["q"], memory, initial, given["fresh"], self.activation).reshape(x.shape)
         pair = segment_pair(*(None if each is None else each[:, before:] for each in (ids, mask)))
-        past, present = ((*self.attention.keys(each, positions), Causal(), pair) for each in (h, x))
-        always = (*self.attention.keys(prefix, None), Full(), ())
-        y = self.attention(self.attention.queries(x, positions), [always, past, present])
+        sets = [self.attention.keys(each, positions) for each in (h, x)]
+        q = self.attention.queries(x, positions)
+        y = self.attention(q, self.attention.keys(prefix, None), sets, Causal(), pair)
         longer = jnp.concatenate([last, y], axis=1)
         m, memory = self.memory(longer, state=memory, segment_ids=ids, mask=mask, before=before)
         return (memory, longer[:, -before:]), self._joined(y, m)

@@ -232,14 +232,28 @@ class SeveralAttention(nn.Module):
         return k if positions is None else rotate(k, positions), self.value(x)
 
     def __call__(
-        self, q: Float[Array, "B T H K"], sets: Sequence[tuple[Array, Array, Mask, tuple[Array, ...]]]
+        self,
+        q: Float[Array, "B T H K"],
+        prefix: tuple[Float[Array, "1 P H K"], Float[Array, "1 P H K"]],
+        sets: Sequence[tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]],
+        sight: Mask,
+        ids: tuple[Array, ...],
     ) -> Float[Array, "B T D"]:
-        """Each set: keys, values [B or 1, S, H, K], which are seen, and ids of queries and keys or ()."""
-        outs, logs = zip(*(_attended(q, *each) for each in sets), strict=True)
-        # A set of which a token sees nothing has the logarithm of 0.
-        shares = jax.nn.softmax(jnp.maximum(jnp.stack(logs, axis=-1), jnp.finfo(jnp.float32).min), axis=-1)
-        mixed = sum(out * shares[..., n, None].astype(out.dtype) for n, out in enumerate(outs))
-        return self.out(mixed)
+        """One softmax over a prefix that all see and over sets of keys and values, each of which `sight` shows alike.
+
+        ids  those of queries and of keys, or ()
+        """
+        count, shape = len(sets), q.shape
+        # The sets are heads of one call of the kernel, those of a head side by side, so that devices keep their heads.
+        k, v = (jnp.stack(each, axis=3).reshape(*shape[:2], -1, shape[3]) for each in zip(*sets, strict=True))
+        outs, logs = _attended(jnp.repeat(q, count, axis=2), k, v, sight, ids)
+        k, v = (x[0] for x in prefix)
+        scores = jnp.einsum("bthk,phk->bthp", q, k, preferred_element_type=jnp.float32) * shape[3] ** -0.5
+        # A set counts for as much as the sum of its keys, a token of the prefix is a set of one key.
+        shares = jax.nn.softmax(jnp.concatenate([logs.reshape(*shape[:3], count), scores], axis=-1), axis=-1)
+        shares = shares.astype(v.dtype)
+        near = jnp.einsum("bths,bthsk->bthk", shares[..., :count], outs.reshape(*shape[:3], count, -1))
+        return self.out(near + jnp.einsum("bthp,phk->bthk", shares[..., count:], v))
 
     def step(
         self, q: Float[Array, "B H K"], sets: Sequence[tuple[Array, Array, Bool[Array, "B _"]]]
@@ -251,7 +265,6 @@ class SeveralAttention(nn.Module):
 
 def _attended(q: Array, k: Array, v: Array, sight: Mask, ids: tuple[Array, ...]) -> tuple[Array, Array]:
     """(out, log of the softmax's denominator) of `kernels.sparse_attention.attend` on the mesh."""
-    k, v = (jnp.broadcast_to(x, (len(q), *x.shape[1:])) for x in (k, v))
 
     def op(q: Array, k: Array, v: Array, *ids: Any) -> tuple[Array, Array]:
         return attend(q, k, v, sight, segment_ids=ids or None)
