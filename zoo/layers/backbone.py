@@ -120,13 +120,12 @@ class Backbone(nn.Module):
         """
         depth, period = len(self.mixers), len(self.pattern())
         drops = jnp.linspace(0.0, self.drop_path, depth).reshape(-1, period)
-        drawn = train and (self.drop_path > 0 or self.has_rng("dropout"))
         if self.scan:
-            x, outs = self.layers(x, drops, segment_ids, mask, drawn, intermediates)
+            x, outs = self.layers(x, drops, segment_ids, mask, train, intermediates)
         else:
             each = []
             for layer, rates in zip(self.layer, drops, strict=True):
-                x, out = layer(x, rates, segment_ids, mask, drawn, intermediates)
+                x, out = layer(x, rates, segment_ids, mask, train, intermediates)
                 each.append(out)
             outs = jnp.stack(each) if intermediates else None
         y = self.final_norm(x)
