@@ -16,6 +16,7 @@ from scipy.special import erf
 
 from zoo.attention.local_global_linear import VARIANTS, GlobalLinear, GridConvolution, L2ViT, LocalWindow
 from zoo.errors import ZooError
+from zoo.layers.backbone import Backbone
 from zoo.layers.mixer import create_mixer
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -142,6 +143,18 @@ def test_statistics_are_those_of_tokens_that_are_there():
     np.testing.assert_allclose(moved["mean"], 0.9 * before["mean"] + 0.1 * z[there[0]].mean(0), rtol=1e-4)
 
 
+def test_statistics_of_each_layer_of_a_backbone_move_in_training():
+    options = {"l2vit_global": {"grid": GRID, "position": 0, "concentrate": 3}}
+    stack = Backbone(DIM, ("l2vit_global",) * 2, mixer_options=options, mlp="none")
+    x = jnp.asarray(tokens()[0])
+    variables = nn.unbox(jax.jit(stack.init, compiler_options=QUICK)(jax.random.key(0), x))
+    train = jax.jit(partial(stack.apply, train=True, mutable=["batch_stats"]), compiler_options=QUICK)
+    moved = jax.tree.leaves(train(variables, x)[1]["batch_stats"])
+    for new, old in zip(moved, jax.tree.leaves(variables["batch_stats"]), strict=True):
+        assert new.shape == (2, DIM)
+        assert np.abs(new - old).max(axis=1).min() > 0
+
+
 @pytest.mark.parametrize(("variant", "millions"), [("tiny", 29), ("small", 50), ("base", 89), ("base_384", 89)])
 def test_sizes_are_those_published(variant: str, millions: int):
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -176,6 +189,7 @@ def test_whole_encoder_learns_from_images_of_any_size():
     [
         (lambda: LocalWindow(DIM, grid=(3, 4)), r"LocalWindow: grid \(3, 4\) has not the 20 places of the input"),
         (lambda: LocalWindow(DIM, grid=(1, 1, 4, 5)), "wanted at most 3 axes"),
+        (lambda: LocalWindow(DIM, window=0), "at least 1 token along each axis, got 0"),
         (lambda: GlobalLinear(DIM, concentrate=4), "has an odd width, got 4"),
         (lambda: create_mixer("l2vit_local", DIM, causal=True), "causal: got True, wanted False, its only way"),
     ],

@@ -5,8 +5,8 @@ Source: Zheng, "The Linear Attention Resurrection in Vision Transformer" (2501.1
 
 `LocalWindow` and `GlobalLinear` are its two attentions as mixers, `L2ViT` the whole classifier. Where this differs from
 the code: places with which it fills windows that overhang the grid are not seen, there they are zeros that take part
-(at 224² none overhang). Two adjacent mixers have the published order of parts, but for what a block's norm stands
-before: the code adds its position encoding to the residual stream, the mixers to the normalised tokens.
+(at 224² none overhang); MLPs are drawn as the zoo's others; the mixers add their position encoding to the tokens they
+are given, which a block has normalised, the code (and `L2ViT`) to the residual stream.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ class GridMixer(Mixer):
 
     @nn.nowrap
     def axes(self) -> int:
+        """How many axes the grid has."""
         return max(1, len(self.grid))
 
     @nn.nowrap
@@ -345,22 +346,21 @@ class L2ViT(nn.Module):
                 return drop_path(branch, rate, self.make_rng("dropout"))
             return branch
 
-        def position(x: Array) -> Array:
-            return x + GridConvolution(dim, dtype=self.dtype)(x, grid)
-
-        x = position(x)
+        x += GridConvolution(dim, dtype=self.dtype)(x, grid)
         given: dict[str, Any] = {"dim": dim, "grid": grid, "position": 0, "dtype": self.dtype}
         if everywhere:
             x += drop(GlobalLinear(**given, concentrate=0)(self._norm()(x)))
             x += drop(Concentration(dim, dtype=self.dtype)(self._norm()(x), grid, train=train))
         else:
             x += drop(LocalWindow(**given, window=self.window)(self._norm()(x)))
-            x = position(x)
+            x += GridConvolution(dim, dtype=self.dtype)(x, grid)
         return x + drop(GeluMLP(dim, dtype=self.dtype)(self._norm()(x)))
 
 
 def windows(grid: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each window [W, size^A], T where it overhangs the grid; and where among these each token is [T]."""
+    """Tokens of each window [W, size^A], T where it overhangs the grid; where among these each is [T]. Checks the size."""
+    if size < 1:
+        raise ZooError(f"a window has at least 1 token along each axis, got {size}")
     place = np.indices(grid).reshape(len(grid), -1)
     which = np.ravel_multi_index(tuple(place // size), tuple(-(-np.asarray(grid) // size)))
     inside = np.ravel_multi_index(tuple(place % size), (size,) * len(grid))
