@@ -116,19 +116,20 @@ CASES = {
     # 64 features within, two groups of N = 8: x, gate and out 32 · 64 each, B and C 32 · 16 each, Δ 32 · 4, convolution
     # (4 + 1) · 96, three of 4 a head, norm 64.
     "mamba2": Case("mamba2", 6144 + 1024 + 128 + 480 + 12 + 64, {"heads": 4, "states": 8, "groups": 2}),
-    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights; norm
-    # 32, gate and out 32² each. One layer with a norm: two heads of 16² + 16. Attention 4 · 32², persistent 2 · 32; mac
-    # and mag have a second norm in place of the gate.
-    "titans lmm": Case("titans", 3072 + 384 + 198 + 2048 + 2080, {**TITANS, "wiring": "lmm"}, border=8),
-    "titans lmm by chunk": Case(
+    # Memory: q, k, v 3 · 32², convolutions 3 · 4 · 32, gates 3 · (32 · 2 + 2), two heads of 2 · 16 · 32 weights, of 16²
+    # in one layer, 16 more with a norm; alone with a norm 32, gate and out 32² each. Attention 4 · 32², persistent
+    # 2 · 32; mac and mag have a second norm in place of the gate.
+    "titans lmm": Case(
         "titans",
-        3072 + 384 + 198 + 544 + 2080,
+        3654 + 2 * 272 + 2080,
         {**TITANS, "wiring": "lmm", "depth": 1, "residual": True, "granularity": "chunk"},
         border=8,
     ),
-    "titans mac": Case("titans", 5702 + 4096 + 64 + 64 + 1024, TITANS, border=8),
-    "titans mag": Case("titans", 5702 + 4096 + 64 + 64 + 1024, {**TITANS, "wiring": "mag"}, border=8),
-    "titans mal": Case("titans", 5702 + 4096 + 64 + 2080, {**TITANS, "wiring": "mal", "activation": "silu"}, border=8),
+    "titans mac": Case("titans", 3654 + 2048 + 4096 + 64 + 64 + 1024, TITANS, border=8),
+    "titans mag": Case("titans", 3654 + 512 + 4096 + 64 + 64 + 1024, {**TITANS, "wiring": "mag", "depth": 1}, border=8),
+    "titans mal": Case(
+        "titans", 3654 + 2048 + 4096 + 64 + 2080, {**TITANS, "wiring": "mal", "activation": "silu"}, border=8
+    ),
     # q, k, v and out 4 · 32², gate 32 · 8 + 8 · 32, norm 32.
     "lightnet": Case("lightnet", 4096 + 512 + 32, {"heads": 2, "rank": 8}),
     # A norm of 8, rates 4 · 8, and for TPE two vectors and a norm of 32, a decay of 4 and 32².
