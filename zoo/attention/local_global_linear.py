@@ -358,7 +358,10 @@ class L2ViT(nn.Module):
 
 
 def windows(grid: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each window [W, size^A], T where it overhangs the grid; where among these each is [T]. Checks the size."""
+    """Tokens of each window [W, size^A], T where it overhangs the grid; where among these each is [T].
+
+    Raises ZooError for a window of nothing.
+    """
     if size < 1:
         raise ZooError(f"a window has at least 1 token along each axis, got {size}")
     place = np.indices(grid).reshape(len(grid), -1)
