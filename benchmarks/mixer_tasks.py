@@ -21,10 +21,10 @@ Batch = tuple[jax.Array, jax.Array, jax.Array]
 class Task:
     """A task: its data, the model's ends, how long to train, what else to test on.
 
-    draw       (key, batch size) → batch
-    length     T
-    ends       vocabulary or features and outputs of the sequence model
-    others     name → draw of another distribution that is only tested
+    rate    largest learning rate
+    ends    vocabulary or features and outputs of the sequence model
+    draw    (key, batch size) → batch
+    others  name → draw of another distribution that is only tested
     """
 
     name: str
@@ -32,7 +32,8 @@ class Task:
     length: int
     batch: int
     steps: int
-    ends: dict[str, int]
+    rate: float
+    ends: dict[str, Any]
     draw: Callable[[jax.Array, int], Batch]
     others: dict[str, Callable[[jax.Array, int], Batch]] = field(default_factory=dict)
 
@@ -130,31 +131,35 @@ def tasks(share: float = 1.0) -> dict[str, Task]:
     def steps(count: int) -> int:
         return max(1, round(share * count))
 
-    recall: Any = partial(associative_recall, length=64, pairs=16, words=32)
-    flips = {name: partial(flip_flop, length=128, ignore=p) for name, p in (("sparse", 0.98), ("dense", 0.1))}
-    copied: Any = partial(selective_copy, length=128, words=14, count=8)
+    recall: Any = partial(associative_recall, length=96, pairs=24, words=256)
+    flips: Any = {p: partial(flip_flop, length=128, ignore=p) for p in (0.8, 0.98, 0.1)}
+    copied: Any = partial(selective_copy, length=64, words=14, count=6)
     return {
-        "recall": Task("recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(800), {"vocabulary": 65}, recall),
+        "recall": Task(
+            "recall", "MQAR, Arora et al. 2312.04927", 96, 32, steps(400), 1e-2, {"vocabulary": 513}, recall
+        ),
         "flip_flop": Task(
             "flip_flop",
-            "Liu et al. 2306.00946",
+            "flip-flop language, Liu et al. 2306.00946",
             128,
             16,
-            steps(400),
+            steps(200),
+            3e-3,
             {"vocabulary": 5},
-            partial(flip_flop, length=128, ignore=0.8),
-            flips,
+            flips[0.8],
+            {"sparse": flips[0.98], "dense": flips[0.1]},
         ),
         "copy": Task(
-            "copy", "selective copying, Gu and Dao 2312.00752", 128, 16, steps(800), {"vocabulary": 16}, copied
+            "copy", "selective copying, Gu and Dao 2312.00752", 64, 32, steps(400), 3e-3, {"vocabulary": 16}, copied
         ),
         "adding": Task(
             "adding",
             "long range: the adding problem, Hochreiter and Schmidhuber 1997",
-            512,
+            256,
             8,
-            steps(500),
+            steps(300),
+            3e-3,
             {"features": 2, "outputs": 1},
-            partial(adding, length=512),
+            partial(adding, length=256),
         ),
     }

@@ -4,8 +4,8 @@
     python benchmarks/mixers.py --mixers softmax kda --tasks recall --share 0.5
 
 Every model is a convolution of width 4 (so that a token knows its neighbours whatever the mixer), two blocks of the
-mixer and an MLP that is as wide as gives all blocks the same number of parameters, and a read-out. One learning rate
-for all. Speeds are of training steps without compilation, beside those of softmax attention on the same task in one
+mixer and an MLP that is as wide as gives all blocks the same number of parameters, and a read-out. One learning rate a
+task. Speeds are of training steps without compilation, beside those of softmax attention on the same task in one
 run. A model whose loss is not finite shows no speed.
 """
 
@@ -41,16 +41,63 @@ from zoo.terminal import parse
 DIM, LAYERS = 64, 2
 BLOCK = 12 * DIM**2
 """Parameters of a block: square projections of queries, keys, values and outputs, and an MLP four times as wide."""
-LEARNING_RATE = 3e-3
 STEPS_A_CALL = 20
 TEST_BATCHES = 16
 """Of four times the training batch."""
 
 HEADS = {"heads": 2}
-SHORT = {"heads": 4, "kv_heads": 2, "block_size": 16}
+CHOSEN = {"heads": 2, "kv_heads": 1, "block_size": 16}
 CONTENDERS: dict[str, tuple[tuple[str, ...], Mapping[str, Mapping[str, Any]]]] = {
     "softmax": (("softmax",), {"softmax": HEADS}),
+    "gated": (("gated",), {"gated": HEADS}),
+    "relu": (("relu",), {"relu": HEADS}),
+    "sliding_window": (("sliding_window",), {"sliding_window": {**HEADS, "window": 32}}),
+    "native_sparse": (
+        ("native_sparse",),
+        {
+            "native_sparse": {
+                **CHOSEN,
+                "stride": 8,
+                "compression_block": 16,
+                "selected_blocks": 4,
+                "window": 32,
+                "compress": "pool",
+            }
+        },
+    ),
+    "moba": (("moba",), {"moba": {**HEADS, "block_size": 16, "top_k": 4}}),
+    "asa": (
+        ("asa_local", "asa_global"),
+        {
+            "asa_local": {**HEADS, "window": 32},
+            "asa_global": {
+                **HEADS,
+                "block_size": 16,
+                "stride": 8,
+                "compression_block": 16,
+                "selected_blocks": 4,
+                "compress": "pool",
+            },
+        },
+    ),
+    "pointer": (("pointer",), {}),
+    "duplex": (("duplex",), {"duplex": {**HEADS, "modalities": (32,)}}),
     "linear": (("linear",), {"linear": HEADS}),
+    "retention": (("retention",), {"retention": {**HEADS, "expand_value": 1.0}}),
+    "gla": (("gla",), {"gla": {**HEADS, "expand_value": 1.0}}),
+    "lightnet": (("lightnet",), {"lightnet": HEADS}),
+    "mamba2": (("mamba2",), {"mamba2": {"states": 32, "expand": 1, **HEADS}}),
+    "deltanet": (("deltanet",), {"deltanet": HEADS}),
+    "gated_deltanet": (("gated_deltanet",), {"gated_deltanet": {**HEADS, "expand_value": 1.0}}),
+    "kda": (("kda",), {"kda": HEADS}),
+    "titans": (("titans",), {"titans": {**HEADS, "wiring": "lmm", "expansion": 1}}),
+    "titans_mag": (("titans",), {"titans": {**HEADS, "wiring": "mag", "expansion": 1, "window": 32}}),
+    "mamba": (("mamba",), {"mamba": {"expand": 1}}),
+    "s4d": (("s4d",), {}),
+    "s5": (("s5",), {}),
+    "rg_lru": (("rg_lru",), {"rg_lru": {"heads": 4}}),
+    "elm": (("elm",), {"elm": {"memory": 64}}),
+    "grassmann": (("grassmann",), {"grassmann": {"width": 16}}),
 }
 """Name → pattern of mixers and their options."""
 
@@ -138,9 +185,7 @@ def trained(mixer: str, task: Task, seed: int) -> Row:
     made = model(mixer, task)
     calls = max(1, task.steps // STEPS_A_CALL)
     steps = min(task.steps, STEPS_A_CALL)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, LEARNING_RATE, calls * steps // 10, calls * steps, LEARNING_RATE / 10
-    )
+    rate = optax.warmup_cosine_decay_schedule(0.0, task.rate, calls * steps // 10, calls * steps, task.rate / 10)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
 
     def loss(params: Any, others: Any, batch: Batch) -> tuple[jax.Array, Any]:
@@ -195,7 +240,8 @@ def tested(made: SequenceModel, variables: Any, task: Task, key: jax.Array) -> t
     def count(draw: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             inputs, targets, weights = draw(key, 4 * task.batch)
-            right = task.right(made.apply(variables, inputs), targets)
+            predictions: Any = made.apply(variables, inputs)
+            right = task.right(predictions, targets)
             return jnp.sum(weights * ~right), jnp.sum(weights)
 
         wrong, answers = jax.lax.map(one, jax.random.split(key, TEST_BATCHES))

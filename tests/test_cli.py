@@ -87,12 +87,18 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert statistics.median(seconds) < 0.6
 
 
-def test_list_shows_models_samples_and_recipes(capsys):
+def test_list_shows_models_mixers_samples_and_recipes(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("labram_base", "faces_eeg", "hcp_rest_rois", "cbramod"))
+    assert re.search(r"^  kda +Kimi delta attention: ", out, re.MULTILINE)
     assert main(["list", "labram_h"]) == 0
     assert re.findall(r"^  (\w+)", capsys.readouterr().out, re.MULTILINE) == ["labram_huge"]
+
+
+def test_info_says_many_layers_in_short(capsys):
+    assert main(["info", "mamba_130m"]) == 0
+    assert "mixers mamba × 24, vocabulary 50280" in capsys.readouterr().out
 
 
 def test_info_prints_parameters_inputs_and_paper(capsys):

@@ -37,9 +37,7 @@ def test_listing_by_pattern():
     assert zoo.list_models() == sorted(zoo.list_models())
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("labram_hug", "labram_huge"), ("LaBraM-base", "labram_base"), ("x", "")]
-)
+@pytest.mark.parametrize(("name", "near"), [("labram_hug", "labram_huge"), ("LaBraM-base", "labram_base"), ("x", "")])
 def test_an_unknown_model_gets_the_nearest(name, near):
     with pytest.raises(ZooError, match=rf"no model is called '{name}'; the nearest name is '{near}"):
         zoo.create(name)

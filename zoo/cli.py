@@ -139,12 +139,14 @@ def list_names(arguments: Sequence[str]) -> None:
     """zoo list [PATTERN]"""
     pattern = (_words(arguments, "zoo list [PATTERN]", 0, 1) or [""])[0]
     from zoo.data.samples import SAMPLES
+    from zoo.layers.mixer import MIXERS, mixer_class
     from zoo.registry import entry, list_models
 
+    mixers = {name: _first_line(mixer_class(name).__module__) for name in MIXERS if pattern in name}
     models = {name: entry(name).card.title for name in list_models(pattern)}
     samples = {name: sample.about for name, sample in SAMPLES.items() if pattern in name}
     recipes = {name: recipe.source for name, recipe in RECIPES.items() if pattern in name}
-    for title, names in (("models", models), ("samples", samples), ("recipes", recipes)):
+    for title, names in (("models", models), ("mixers", mixers), ("samples", samples), ("recipes", recipes)):
         print(f"{title}:")
         for name, about in names.items():
             print(f"  {name:<22} {about}")
@@ -156,7 +158,7 @@ def info(arguments: Sequence[str]) -> None:
     from zoo.registry import create, entry, parameter_count
 
     found = entry(name)
-    options = ", ".join(f"{key} {value}" for key, value in found.options.items()) or "the defaults"
+    options = ", ".join(f"{key} {_in_short(value)}" for key, value in found.options.items()) or "the defaults"
     for title, value in (
         ("model", f"{name}: {found.card.title}"),
         ("parameters", f"{parameter_count(create(name)):,}"),
@@ -177,6 +179,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "list": list_names,
     "info": info,
 }
+
+
+def _first_line(module: str) -> str:
+    """What a module says that it is."""
+    return (sys.modules[module].__doc__ or "").partition("\n")[0]
+
+
+def _in_short(value: Any) -> str:
+    """The value, a tuple of one thing many times as `thing × times`."""
+    if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1:
+        return f"{value[0]} × {len(value)}"
+    return str(value)
 
 
 def _split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -55,15 +55,7 @@ class SequenceModel(nn.Module):
 
     def setup(self) -> None:
         self._check_options()
-        if self.vocabulary:
-            self.embed = nn.Embed(
-                self.vocabulary,
-                self.dim,
-                dtype=self.dtype,
-                embedding_init=partitioned(nn.initializers.normal(0.02), "alone", None),
-            )
-        else:
-            self.embed = dense(self.dim, (None, "embed"), bias=True, dtype=self.dtype)
+        self.embed = self._make_embedding()
         if self.convolution:
             self.convolve = ShortConvolution(self.dim, self.convolution, dtype=self.dtype)
         if self.max_length:
@@ -100,18 +92,17 @@ class SequenceModel(nn.Module):
         Raises ZooError for inputs of another kind, or longer than the table of positions.
         """
         self._check_inputs(inputs, axes=2)
+        ids, there = (None if x is None else jnp.asarray(x) for x in (segment_ids, mask))
         x = self.embed(jnp.asarray(inputs))
         if self.convolution:
-            x = x + self.convolve(x, segment_ids=segment_ids, mask=mask)
+            x = x + self.convolve(x, segment_ids=ids, mask=there)
         if self.max_length:
             if x.shape[1] > self.max_length:
                 raise ZooError(f"SequenceModel: got {x.shape[1]} places, wanted at most max_length {self.max_length}")
             x = x + self.positions[: x.shape[1]].astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "tokens", None))
-        y = self.backbone(x, segment_ids=segment_ids, mask=mask, train=train, intermediates=intermediates)
-        if intermediates:
-            return self._read(y[0]), y[1]
-        return self._read(y)
+        out = self.backbone(x, segment_ids=ids, mask=there, train=train, intermediates=intermediates)
+        return (self._read(out[0]), out[1]) if isinstance(out, tuple) else self._read(out)
 
     def initial_state(self, batch: int, capacity: int = 2048) -> State:
         """The state of `step` before the first place; memories of tokens have room for `capacity`."""
@@ -137,6 +128,12 @@ class SequenceModel(nn.Module):
     def example(self) -> tuple[Array]:
         """The smallest input."""
         return (jnp.zeros((1, 1), jnp.int32) if self.vocabulary else jnp.zeros((1, 1, self.features)),)
+
+    def _make_embedding(self) -> Any:
+        if self.features:
+            return dense(self.dim, (None, "embed"), bias=True, dtype=self.dtype)
+        init = partitioned(nn.initializers.normal(0.02), "alone", None)
+        return nn.Embed(self.vocabulary, self.dim, dtype=self.dtype, embedding_init=init)
 
     def _read(self, y: Array) -> Array:
         return (self.embed.attend(y) if self.tied else self.read_out(y)).astype(jnp.float32)

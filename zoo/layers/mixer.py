@@ -116,16 +116,21 @@ class Mixer(nn.Module):
             raise ZooError(f"{type(self).__name__} is not causal: it has no step-by-step form")
 
 
+def mixer_class(name: str) -> type[Mixer]:
+    """The class of the mixer called `name`. Raises ZooError for an unknown name, naming the nearest right one."""
+    if name not in MIXERS:
+        near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.0)
+        raise ZooError(f"no mixer is called {name!r}; the nearest name is {near[0]!r}")
+    module, _, cls = MIXERS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
 def create_mixer(name: str, dim: int, **options: Any) -> Mixer:
     """The mixer called `name` for D = `dim`.
 
     Raises ZooError for an unknown name or option, naming the nearest right one.
     """
-    if name not in MIXERS:
-        near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.0)
-        raise ZooError(f"no mixer is called {name!r}; the nearest name is {near[0]!r}")
-    module, _, cls = MIXERS[name].partition(":")
-    made: type[Mixer] = getattr(importlib.import_module(module), cls)
+    made = mixer_class(name)
     known = set(made.__dataclass_fields__) - {"parent", "name", "dim"}
     for option in options:
         if option not in known:
