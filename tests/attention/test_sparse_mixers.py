@@ -111,8 +111,17 @@ def test_mixture_of_all_blocks_is_softmax_attention():
     assert np.abs(run(few, variables, x) - dense)[:, 8:].max() > 1e-2
 
 
-def test_a_prompt_then_steps_of_mixture_of_blocks_equals_parallel():
-    mixer = MoBA(32, heads=4, kv_heads=2, block_size=4, top_k=2)
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        MoBA(32, heads=4, kv_heads=2, block_size=4, top_k=2),
+        NativeSparse(32, **BLOCKS, window=5, compress="linear"),
+        LocalLatent(32, heads=4, window=5),
+        GlobalLatent(32, **BLOCKS),
+    ],
+    ids=lambda mixer: type(mixer).__name__,
+)
+def test_a_prompt_then_steps_equals_parallel(mixer):
     x = normal(0, 2, TIME, 32)
     variables = drawn(mixer, x)
     whole = run(mixer, variables, x)

@@ -37,7 +37,7 @@ from zoo.attention.native_sparse import (
     compress,
     sixteenth,
 )
-from zoo.attention.softmax import HEADS, group_count
+from zoo.attention.softmax import HEADS, group_count, prompt_length
 from zoo.errors import ZooError
 from zoo.layers.devices import Axes, on_devices
 from zoo.layers.mixer import Mixer, State, head_count
@@ -97,6 +97,18 @@ class Latent(Mixer):
         arrays = self.projected(x, times(x.shape[1], segment_ids))
         return self.out(closing_gaps(self.mixed, arrays, segment_ids, mask))
 
+    def initial_state(self, batch: int, capacity: int = 2048) -> State:
+        nothing = jnp.zeros((batch, 0, self.dim), self.dtype)
+        return self.remembered(self.projected(nothing, times(0, None)), None, capacity)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """A prompt at once, see `Softmax.prefill`."""
+        length = prompt_length(type(self).__name__, x, length, capacity)
+        arrays = self.projected(x, times(x.shape[1], None))
+        return self.out(self.mixed(arrays, None)), self.remembered(arrays, length, capacity)
+
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One token. A row of a global layer whose cache is full gives NaN, and nothing is written."""
         token = self.projected(x[:, None], state.length[:, None])
@@ -139,6 +151,10 @@ class Latent(Mixer):
         """`mixed` of one token and the state with it."""
         raise NotImplementedError
 
+    def remembered(self, arrays: dict[str, Any], length: Array | None, capacity: int) -> State:
+        """The state after the tokens of `projected`, of which the first `length` [B] count."""
+        raise NotImplementedError
+
     @nn.nowrap
     def on_devices(
         self, op: Callable[..., Array], arrays: dict[str, Any], axes: Mapping[str, Axes], segment_ids: Array | None
@@ -179,12 +195,6 @@ class LocalLatent(Latent):
             self.param(name, up, (self.latent_width(), heads, width)) for name in ("up_key", "up_value")
         )
 
-    def initial_state(self, batch: int, capacity: int = 2048) -> LocalLatentCache:
-        latents, k_rope = (
-            jnp.zeros((batch, 0, width), self.dtype) for width in (self.latent_width(), self.head_sizes()[2])
-        )
-        return local_latent_cache(latents, window=self.window, k_rope=k_rope)
-
     def latents(self, x: Array) -> Array:
         return self.down(x)
 
@@ -196,6 +206,9 @@ class LocalLatent(Latent):
     def recalled(self, token: dict[str, Any], state: LocalLatentCache) -> tuple[Array, LocalLatentCache]:
         q, latent = token.pop("q"), token.pop("latents")
         return local_latent_attention_step(q, latent, state, self.up_key, self.up_value, **token)
+
+    def remembered(self, arrays: dict[str, Any], length: Array | None, capacity: int) -> LocalLatentCache:
+        return local_latent_cache(arrays["latents"], window=self.window, k_rope=arrays.get("k_rope"), length=length)
 
 
 class GlobalLatent(Latent):
@@ -232,13 +245,6 @@ class GlobalLatent(Latent):
         self.gate = split_heads(self.dim, heads, 2, dtype=self.dtype)
         self.compression = BlockCompression(self.compress, self.compression_block, *shape[:2])
 
-    def initial_state(self, batch: int, capacity: int = 2048) -> GlobalLatentCache:
-        latents = jnp.zeros((batch, 0, self.groups(), self.latent_width()), self.dtype)
-        k_rope = jnp.zeros((batch, 0, self.head_sizes()[2]), self.dtype)
-        options = self.options(self.compression())
-        kept = {name: option for name, option in options.items() if name not in SELECTION}
-        return global_latent_cache(latents, capacity=capacity, k_rope=k_rope, **kept)
-
     @nn.nowrap
     def groups(self) -> int:
         """G."""
@@ -274,3 +280,9 @@ class GlobalLatent(Latent):
         q, latent, gates = (token.pop(name) for name in ("q", "latents", "gates"))
         options = self.options(self.compression())
         return global_latent_attention_step(q, latent, gates, state, self.up_key, self.up_value, **token, **options)
+
+    def remembered(self, arrays: dict[str, Any], length: Array | None, capacity: int) -> GlobalLatentCache:
+        options = self.options(self.compression())
+        kept = {name: option for name, option in options.items() if name not in SELECTION}
+        k_rope = arrays.get("k_rope")
+        return global_latent_cache(arrays["latents"], capacity=capacity, k_rope=k_rope, length=length, **kept)

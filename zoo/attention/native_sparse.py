@@ -21,7 +21,7 @@ from kernels.native_sparse_attention import (
     native_sparse_cache,
 )
 from kernels.packing import runs
-from zoo.attention.softmax import HEADS, group_count
+from zoo.attention.softmax import HEADS, group_count, prompt_length
 from zoo.errors import ZooError
 from zoo.layers.devices import Axes, on_devices
 from zoo.layers.mixer import Mixer, head_count
@@ -166,9 +166,15 @@ class NativeSparse(Mixer):
     def initial_state(self, batch: int, capacity: int = 2048) -> NativeSparseCache:
         _, groups, key, value = self.head_sizes()
         k, v = (jnp.zeros((batch, 0, groups, width), self.dtype) for width in (key, value))
-        options = self.options(self.compression_weights())
-        kept = {name: option for name, option in options.items() if name not in SELECTION}
-        return native_sparse_cache(k, v, capacity=capacity, **kept)
+        return self.remembered(k, v, None, capacity)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
+    ) -> tuple[Float[Array, "B T D"], NativeSparseCache]:
+        """A prompt at once, see `Softmax.prefill`."""
+        length = prompt_length("native_sparse", x, length, capacity)
+        arrays = self.projected(x, times(x.shape[1], None))
+        return self.out(self.mixed(arrays, None)), self.remembered(*arrays[1:3], length, capacity)
 
     def step(self, x: Float[Array, "B D"], state: NativeSparseCache) -> tuple[Float[Array, "B D"], NativeSparseCache]:
         """One token. A row whose cache is full gives NaN, and nothing is written."""
@@ -190,6 +196,14 @@ class NativeSparse(Mixer):
         """Of the kernel, with the weights of the compressions."""
         sizes = {name: getattr(self, name) for name in (*BLOCKS, *SELECTION, "window")}
         return {**sizes, "compress": tuple(partial(compress, self.compress, each) for each in weights)}
+
+    def remembered(
+        self, k: Array | Branches, v: Array | Branches, length: Array | None, capacity: int
+    ) -> NativeSparseCache:
+        """The state after these tokens [B, T, ...], of which the first `length` [B] count."""
+        options = self.options(self.compression_weights())
+        kept = {name: option for name, option in options.items() if name not in SELECTION}
+        return native_sparse_cache(k, v, capacity=capacity, length=length, **kept)
 
     def compression_weights(self) -> tuple[Any, Any]:
         """Of keys and of values."""

@@ -91,14 +91,9 @@ class Softmax(Mixer):
         where the cache keeps fewer. Raises ZooError where the capacity is less than T.
         """
         self.check_causal()
-        batch, time, _ = x.shape
-        if capacity < time:
-            raise ZooError(f"{type(self).__name__}: capacity: got {capacity}, wanted room for the {time} tokens given")
-        q, k, v = self.projected(x, self.positions(time, None))
-        mask = None if length is None else jnp.arange(time) < length[:, None]
-        out = self.read_out(x, self.mixed(q, k, v, None, mask))
-        length = jnp.full(batch, time, jnp.int32) if length is None else length
-        return out, self.remembered(q, k, v, length, capacity)
+        length = prompt_length(type(self).__name__, x, length, capacity)
+        q, k, v = self.projected(x, self.positions(x.shape[1], None))
+        return self.read_out(x, self.mixed(q, k, v, None, None)), self.remembered(q, k, v, length, capacity)
 
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One token. A row whose cache is full gives NaN, and nothing is written."""
@@ -180,6 +175,14 @@ def group_count(mixer: str, heads: int, kv_heads: int | None) -> int:
     if groups < 1 or heads % groups:
         raise ZooError(f"{mixer}: {heads} heads do not divide into {groups} kv_heads")
     return groups
+
+
+def prompt_length(mixer: str, x: Array, length: Array | None, capacity: int) -> Array:
+    """[B] int32, how many of a prompt's tokens [B, T, D] count. Raises ZooError where the capacity is less than T."""
+    batch, time, _ = x.shape
+    if capacity < time:
+        raise ZooError(f"{mixer}: capacity: got {capacity}, wanted room for the {time} tokens given")
+    return jnp.full(batch, time, jnp.int32) if length is None else length.astype(jnp.int32)
 
 
 def masked_attention(
