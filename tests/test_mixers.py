@@ -221,7 +221,7 @@ CASES = {
     # Heads of 8: q and out 32² each, three of k and v for two groups 32 · 16 each, gates 32 · 12; compression of k and
     # v 4 · 8 positions, 4 · 8 · 8 and 8 · 8. In bfloat16 other blocks may be chosen.
     "native_sparse": Case(
-        "native_sparse", 2048 + 3072 + 384 + 2 * 352, {**BLOCKS, "window": 6}, border=12, rounding=0.3
+        "native_sparse", 2048 + 3072 + 384 + 2 * 352, {**BLOCKS, "window": 6}, border=12, rounding=0.1
     ),
     # One k and v; heads of 4 for keys (q 32 · 16, k 32 · 8, v 32 · 16); 2 · 4 weights of pooling for k and for v.
     "native_sparse shared": Case(
@@ -229,18 +229,18 @@ CASES = {
         512 + 256 + 512 + 1024 + 384 + 16,
         {**BLOCKS, "window": 6, "shared_kv": True, "rotary_compressed": True, "compress": "pool", "key_width": 4},
         border=12,
-        rounding=0.3,
+        rounding=0.1,
     ),
     # Queries by a latent of 32 and its norm 32, heads of 8: 3 · 32² with out, 4 rotary features 32 · 16 and 32 · 4.
     # Local: latent of 32 and its norm 32² + 32, up 2 · 32². Global: latents of two groups of 16 and their norm 32² + 16,
     # up 2 · 2 · 16 · 8, gates 32 · 8, compression 4 · 16 + 4 · 16 · 16 + 16². In bfloat16 other blocks may be chosen.
     "asa_local": Case("asa_local", 3744 + 1056 + 2048, {"heads": 4, "window": 6}, border=12),
-    "asa_global": Case("asa_global", 3744 + 1040 + 512 + 256 + 1344, BLOCKS, border=12, rounding=0.3),
+    "asa_global": Case("asa_global", 3744 + 1040 + 512 + 256 + 1344, BLOCKS, border=12, rounding=0.1),
     # As softmax, with biases of 4 · 32.
     "region": Case("region", 4096 + 128, {"heads": 2}, idle={"key/bias": "a softmax does not see what all keys share"}),
     "region windows": Case("region", 4096, {"heads": 2, "grid": (4, 6), "windows": (4, 4), "bias": False}),
     # As softmax grouped without norms. In bfloat16 other blocks may be chosen.
-    "moba": Case("moba", 3072, {"heads": 4, "kv_heads": 2, "block_size": 4, "top_k": 3}, border=12, rounding=0.3),
+    "moba": Case("moba", 3072, {"heads": 4, "kv_heads": 2, "block_size": 4, "top_k": 3}, border=12, rounding=0.1),
     "sliding_window": Case("sliding_window", 4096, {"heads": 2, "window": 5}),
     "sliding_window sinks": Case("sliding_window", 3072, {"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2}),
     "sliding_window both ways": Case("sliding_window", 4096, {"heads": 2, "window": 9, "sinks": 2, "causal": False}),

@@ -58,6 +58,9 @@ class Latent(Mixer):
                    none
     base           of the rotary angles
     latent_norm    RMS norms with a learned scale on latents of tokens and of queries (2405.04434, §3.1.2)
+
+    Tokens that are not there are left out before windows and blocks are counted; a segment's blocks lie on the grid of
+    the row.
     """
 
     heads: int | None = None
