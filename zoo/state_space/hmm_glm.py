@@ -160,18 +160,21 @@ def smooth(model: HMMGLM, spikes: Float[Array, "T N"]) -> Posterior:
 
 def filter(model: HMMGLM, spikes: Float[Array, "T N"]) -> Float[Array, "T S"]:
     """p(s_t | x_1 .. x_t)."""
-    forward, _ = _forward(_step_matrices(log_emissions(model.network, spikes), model.log_transition))
-    return jax.nn.softmax(forward, axis=-1)
+    products, _ = _prefix_products(_step_matrices(log_emissions(model.network, spikes), model.log_transition))
+    return jax.nn.softmax(products[:, 0], axis=-1)
 
 
 def forward_backward(log_emission: Float[Array, "T S"], log_transition: Float[Array, "S S"]) -> Posterior:
     """The same from log p(x_t | s_t) and log P; time in parallel."""
     matrices = _step_matrices(log_emission, log_transition)
-    forward, log_likelihood = _forward(matrices)
-    products = jax.lax.associative_scan(lambda late, early: _product(early, late), _scaled(matrices[1:]), reverse=True)
-    backward = jnp.concatenate([logsumexp(products[0], axis=-1), jnp.zeros_like(forward[:1])])
+    # Products from the end are products of the transposed from the start of reversed time: one scan does both.
+    both = jnp.stack([matrices, jnp.swapaxes(matrices, -1, -2)[::-1]], axis=1)
+    products, scales = _prefix_products(both)
+    forward = products[:, 0, 0]
+    backward = jnp.concatenate([logsumexp(products[:-1, 1], axis=-2)[::-1], jnp.zeros_like(forward[:1])])
     joint = forward[:-1, :, None] + matrices[1:] + backward[1:, None, :]
     transitions = jax.nn.softmax(joint.reshape(len(joint), -1), axis=-1).reshape(joint.shape)
+    log_likelihood = logsumexp(forward[-1]) + scales[-1, 0]
     return Posterior(log_likelihood, jax.nn.softmax(forward + backward, axis=-1), transitions)
 
 
@@ -209,7 +212,8 @@ def fit(
     Recordings with models of their own: `jax.vmap` over models and spikes [1, T, N].
     """
 
-    def iterate(model: HMMGLM, _: None) -> tuple[HMMGLM, Array]:
+    def iterate(models: tuple[HMMGLM, HMMGLM], _: None) -> tuple[tuple[HMMGLM, HMMGLM], Array]:
+        model = models[0]
         posterior = jax.vmap(partial(smooth, model))(spikes)
         objective = posterior.log_likelihood.sum() + log_prior(model.network, temperature, sigma)
 
@@ -219,11 +223,11 @@ def fit(
 
         counts = jnp.log(posterior.transitions.sum((0, 1)))
         log_transition = jnp.maximum(jax.nn.log_softmax(jnp.maximum(counts, LEAST_LOG), axis=-1), LEAST_LOG)
-        return HMMGLM(_ascended(expected, model.network, steps, rate), log_transition), objective
+        return (HMMGLM(_ascended(expected, model.network, steps, rate), log_transition), model), objective
 
-    model, objectives = jax.lax.scan(iterate, model, length=iterations)
-    last = jax.vmap(partial(smooth, model))(spikes).log_likelihood.sum() + log_prior(model.network, temperature, sigma)
-    return Fitted(model, jnp.append(objectives, last))
+    # One iteration more gives the objective of the last model; what it makes of that model is left aside.
+    (_, last), objectives = jax.lax.scan(iterate, (model, model), length=iterations + 1)
+    return Fitted(last, objectives)
 
 
 def reordered(model: HMMGLM, order: Int[Array, " S"]) -> HMMGLM:
@@ -267,11 +271,9 @@ def _step_matrices(log_emission: Float[Array, "T S"], log_transition: Float[Arra
     return steps + log_emission[:, None, :]
 
 
-def _forward(matrices: Float[Array, "T S S"]) -> tuple[Float[Array, "T S"], Float[Array, ""]]:
-    """log p(s_t, x_1 .. x_t) up to a number for each t, and log p(x)."""
-    products, scales = jax.lax.associative_scan(_product, _scaled(matrices))
-    forward = products[:, 0]
-    return forward, logsumexp(forward[-1]) + scales[-1]
+def _prefix_products(matrices: Float[Array, "*n S S"]) -> tuple[Float[Array, "*n S S"], Float[Array, "*n"]]:
+    """Products of the first 1, 2, .. T matrices in log space, each up to a number, and that number."""
+    return jax.lax.associative_scan(_product, _scaled(matrices))
 
 
 def _scaled(matrices: Float[Array, "*n S S"]) -> tuple[Float[Array, "*n S S"], Float[Array, "*n"]]:
