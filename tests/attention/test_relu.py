@@ -9,8 +9,9 @@ import pytest
 from dense import QUICK, causal, close, drawn, merged, mixed, normal, projected, run, scores, streamed
 
 from zoo.attention import relu
-from zoo.attention.caches import KeepWindow
+from zoo.attention.caches import KeepWindow, TaskKV
 from zoo.attention.relu import Relu, relu_attention
+from zoo.errors import ZooError
 
 
 @pytest.mark.parametrize("queries", [4, 128])
@@ -44,6 +45,11 @@ def test_a_window_cache_divides_by_what_it_keeps():
     visible = causal(9) & ((t[:, None] - t < 3) | (t < 1))
     p = np.where(visible, np.maximum(scores(q, k), 0), 0) / visible.sum(-1, keepdims=True)
     close(got, merged(variables, mixed(p, v)))
+
+
+def test_budgets_want_a_softmax():
+    with pytest.raises(ZooError, match="relu has no softmax to weigh tokens by: cache: got TaskKV"):
+        jax.eval_shape(Relu(16, cache=TaskKV()).init, jax.random.key(0), normal(0, 1, 4, 16))
 
 
 def test_no_matrix_of_all_queries_and_keys():

@@ -171,8 +171,9 @@ class KeepWindow:
 class TaskKV:
     """Heads far from the semantic centre keep all tokens; the others sinks, recent tokens and middle activations.
 
-    A head's vector is the mean of its part of the output over the last `observed` queries of the prompt, the centre is
-    the mean of the heads, distance is 1 − cosine; a head of keys and values is as far as its farthest query head.
+    A head's vector is the mean of its part of the output, without gates, over the last `observed` queries of a prompt,
+    the centre is the mean of the heads, distance is 1 − cosine; a head of keys and values is as far as its farthest
+    query head.
     Middle activations are the tokens between sinks and recent ones that those queries gave most weight.
 
     share     of heads of keys and values that keep all, rounded up; 1 is exact

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zoo.attention.caches import TaskKV
 from zoo.attention.softmax import HEADS, Softmax, segment_pair
+from zoo.errors import ZooError
 from zoo.layers.devices import on_devices
 from zoo.layers.mixer import State
 from zoo.types import Array
@@ -23,8 +25,13 @@ QUERIES = 128
 class Relu(Softmax):
     """out_t = 1/n_t · sum_j relu(q_t · k_j / √K) v_j over the n_t keys j that t sees, for every head.
 
-    The options are those of `Softmax`.
+    The options are those of `Softmax`; of the caches not `TaskKV`, which weighs tokens by their softmax.
     """
+
+    def setup(self) -> None:
+        super().setup()
+        if isinstance(self.cache, TaskKV):
+            raise ZooError(f"relu has no softmax to weigh tokens by: cache: got {self.cache}, wanted another")
 
     def mixed(self, q: Array, k: Array, v: Array, segment_ids: Array | None, mask: Array | None) -> Array:
         ids = segment_pair(segment_ids, mask)
