@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from scipy.special import erf
 
 from kernels.delta_rule import delta_rule
 from zoo.errors import ZooError
-from zoo.layers.mixer import create_mixer
+from zoo.layers.mixer import Mixer, create_mixer
 from zoo.state_space.titans_memory import Memory, layer_shapes, neural_memory, token_paths
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -250,22 +251,44 @@ def test_remembers_beyond_the_window():
     np.testing.assert_allclose(out[:, -1], v[:, 0], rtol=1e-5, atol=1e-5)
 
 
+def drawn_parameters(mixer: Mixer, x: jax.Array) -> Any:
+    """In place of initial ones, which would be another program to compile."""
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(mixer.init, jax.random.key(0), x))
+    return jax.tree.map(lambda s: jnp.asarray(0.4 * rng.standard_normal(s.shape), jnp.float32), shapes)
+
+
 def test_memory_alone_carries_segments_on():
     """Memory as context: an earlier segment changes what comes, unless the memory neither steps nor forgets."""
     mixer = create_mixer("titans", 16, wiring="mac", heads=1, chunk=4, segment=8, persistent=3)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 19, 16)), jnp.float32)
     run = jax.jit(mixer.apply, compiler_options=QUICK)
-    variables = nn.unbox(jax.jit(mixer.init, compiler_options=QUICK)(jax.random.key(0), x))
+    variables = drawn_parameters(mixer, x)
 
     def effect(variables):
         """On the tokens from 11 on: until then the memory's convolutions see the segment before."""
         return np.abs(run(variables, x) - run(variables, x.at[:, 2].add(1.0)))[:, 11:].max()
 
-    assert effect(variables) > 1e-6
+    gates = variables["params"]["memory"]
+    gates["alpha"]["bias"] -= 5.0
+    assert effect(variables) > 1e-5
     for name in ("theta", "alpha"):
-        gate = variables["params"]["memory"][name]
-        gate["bias"] = jnp.full_like(gate["bias"], -1e3)
+        gates[name]["bias"] -= 1e3
     assert effect(variables) == 0
+
+
+@pytest.mark.parametrize("granularity", ["token", "chunk"])
+def test_packed_segments_off_the_grid_are_kept_apart(granularity):
+    """A border inside a segment and a chunk of memory as context: nothing passes it, by whatever way."""
+    options = {"wiring": "mac", "heads": 1, "depth": 1, "chunk": 4, "segment": 8, "granularity": granularity}
+    mixer = create_mixer("titans", 16, **options)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 19, 16)), jnp.float32)
+    ids = (jnp.arange(19) >= 10).astype(jnp.int32)[None]
+    variables = drawn_parameters(mixer, x)
+    run = jax.jit(mixer.apply, compiler_options=QUICK)
+    before, after = (run(variables, each, segment_ids=ids) for each in (x, x.at[:, :10].add(1.0)))
+    np.testing.assert_allclose(after[:, 10:], before[:, 10:], rtol=1e-6, atol=1e-6)
+    assert np.abs(after[:, :10] - before[:, :10]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
