@@ -247,6 +247,11 @@ CASES = {
 }
 
 
+# Of several cases of one mixer the first is enough for what hardly depends on options; the rest are slow.
+_NAMED_FIRST = {case.mixer: name for name, case in reversed(CASES.items())}.values()
+FIRST = [pytest.param(name, marks=() if name in _NAMED_FIRST else pytest.mark.slow) for name in CASES]
+
+
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
@@ -353,7 +358,7 @@ def test_packed_equals_separate(name):
         close(run(mixer, variables, moved)[:, : LENGTH - border], packed[:, border:])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIRST)
 def test_does_not_see_tokens_that_are_not_there(name):
     mixer, variables = prepared(name)
     x = normal(1, BATCH, LENGTH, DIM)
@@ -368,7 +373,7 @@ def test_does_not_see_tokens_that_are_not_there(name):
     assert np.abs(before[there] - whole[there]).max() > 1e-5, "the tokens left out made no difference"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIRST)
 def test_bfloat16_within_rounding(name):
     mixer, variables = prepared(name)
     x = normal(1, BATCH, LENGTH, DIM)
@@ -380,7 +385,7 @@ def test_bfloat16_within_rounding(name):
     assert error < CASES[name].rounding
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIRST)
 def test_split_over_devices_equals_whole(name):
     mixer, boxed = prepared(name)
     x, cotangent = normal(1, BATCH, LENGTH, DIM), normal(2, BATCH, LENGTH, DIM)
@@ -405,7 +410,7 @@ def test_split_over_devices_equals_whole(name):
             close(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIRST)
 def test_scanned_layers_equal_layers_in_turn(name):
     case = CASES[name]
     options = {"mixer_options": {case.mixer: case.options}, "mlp": "gelu", "mlp_options": {"hidden": 8}}
