@@ -74,6 +74,16 @@ def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precisio
     return products
 
 
+def own_products(rows: jax.Array, columns: jax.Array, precision: jax.lax.Precision) -> jax.Array:
+    """[..., C, K] each → [..., C, C]: the diagonal that `decayed_products` leaves out, sum_k rows_ik columns_ik.
+
+    A product with ones: fused as a reduction beside a scan, XLA's CPU backend (jaxlib 0.10 to 0.12) makes it read what
+    was never written for some sizes, K = 32 among them.
+    """
+    sums = jnp.matmul(rows * columns, jnp.ones((rows.shape[-1], 1), rows.dtype), precision=precision)
+    return sums * jnp.eye(rows.shape[-2], dtype=rows.dtype)
+
+
 def _small_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precision: jax.lax.Precision) -> jax.Array:
     """`decayed_products` within blocks of SMALL tokens, [..., M, SMALL, K] → [..., M, SMALL, SMALL], by diagonals.
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from kernels import recompute
 from kernels.chunks import block_length, compute_dtype, join, split
-from kernels.decay import chunk_sums, decayed_products, pair_sums
+from kernels.decay import chunk_sums, decayed_products, own_products, pair_sums
 from kernels.delta_rule.form import Form
 from kernels.heads import repeat_heads
 from kernels.triangular import solve
@@ -47,9 +47,7 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
             among_keys, reads = jnp.tril(mm(k, k.mT) * decay, -1), mm(q, k.mT) * decay
         else:
             among_keys = decayed_products(k, k, g, precision)
-            reads = decayed_products(q, k, g, precision) + jnp.sum(q * k, -1)[..., None] * jnp.eye(
-                form.chunk_size, dtype=dtype
-            )
+            reads = decayed_products(q, k, g, precision) + own_products(q, k, precision)
 
     solved = solve(beta * among_keys, beta * jnp.concatenate([v, k_in], -1), precision)
     from_values, from_keys = solved[..., :value_width], solved[..., value_width:]

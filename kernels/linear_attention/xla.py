@@ -14,7 +14,7 @@ from jax import lax
 
 from kernels import recompute
 from kernels.chunks import block_length, compute_dtype, join, split
-from kernels.decay import chunk_sums, decayed_products, pair_sums
+from kernels.decay import chunk_sums, decayed_products, own_products, pair_sums
 from kernels.heads import repeat_heads
 from kernels.linear_attention.form import Form
 
@@ -45,7 +45,7 @@ def _block(form: Form, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax
         else:
             inside = decayed_products(q, k, g, precision)
             if form.own:
-                inside += jnp.sum(q * k, -1)[..., None] * jnp.eye(form.chunk_size, dtype=dtype)
+                inside += own_products(q, k, precision)
     added = mm(k_out.mT, v)  # [B, H, N, K, V]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

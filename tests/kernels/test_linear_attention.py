@@ -45,6 +45,17 @@ def test_xla_is_the_definition(gate, causal, packed):
     assert_equal(expected, got, 1e-13)
 
 
+def test_each_compilation_is_the_definition():
+    """Of a size for which XLA's CPU backend fused a reduction wrongly, in about every second compilation."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.standard_normal((2, 24, 2, width))) for width in (32, 32, 16))
+    log_decay = -jnp.float32(rng.uniform(0, 1, q.shape))
+    expected = linear_attention(q, k, v, log_decay=log_decay, implementation="reference")[0]
+    for _ in range(4):
+        got = jax.jit(lambda *arrays: linear_attention(*arrays[:3], log_decay=arrays[3]))(q, k, v, log_decay)[0]
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("heads", [(4, 4, 2), (1, 4, 2), (1, 1, 1)])
 def test_grouped_heads(heads):
     with jax.enable_x64(True):
