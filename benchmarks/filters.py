@@ -145,10 +145,9 @@ def measure(options: Options) -> Scores:
             ridge = Ridge(penalty).fit(np.concatenate(x[chosen]), np.concatenate(loudness[chosen]))
             predictions = {"ridge": np.stack([ridge.predict(trial) for trial in x[others]])}
             kinds = {"ridge": False}
+            # The kernel's memory grows with the square of calibration, and in many dimensions nothing is near.
             if options.calibrate == 1 and seconds == options.lags_seconds[0]:
-                kinds["Nadaraya-Watson"] = (
-                    True  # memory grows with the square of calibration, and neighbours need few lags
-                )
+                kinds["Nadaraya-Watson"] = True
             for name, kernel in kinds.items():
                 # Loudness changes little between bins, so that some directions of its state nearly vanish.
                 with jax.enable_x64(True):
