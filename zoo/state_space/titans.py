@@ -62,7 +62,7 @@ class Titans(Mixer):
     step_size    theta = step_size · (1 − eta) · sigmoid, at most 1; 1 / chunk unless given. Then the steps of a chunk
                  of keys of length one, with all that momentum makes of them, add up to less than 1, and a memory of
                  one layer cannot grow without bound (`neural_memory`)
-    persistent   learned tokens that all see (not "lmm")
+    persistent   learned tokens that all see (not "lmm"); in "mal" through the memory, as all that attention sees
     segment      "mac": tokens attended to at once, a multiple of `chunk`
     window       "mag" and "mal": tokens attended to
     convolution  width of the short ones
@@ -189,22 +189,24 @@ class Titans(Mixer):
     def _by_segments(self, x: Array, segment_ids: Array | None, mask: Array | None) -> Float[Array, "B T D"]:
         """Memory as context: one segment of the row after another."""
         batch, time = x.shape[:2]
-        missing = -time % self.segment
+        # A short row is one short segment.
+        size = min(self.segment, -(-time // self.chunk) * self.chunk)
+        missing = -time % size
         if missing:
             mask = jnp.ones((batch, time), bool) if mask is None else mask
             x, mask = (jnp.pad(y, ((0, 0), (0, missing), *((0, 0),) * (y.ndim - 2))) for y in (x, mask))
             segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, missing)), mode="edge")
-        count, before = (time + missing) // self.segment, self.convolution
+        count, before = (time + missing) // size, self.convolution
 
         def cut(y: Array | None) -> Array | None:
             """[B, T, …] → [segments, B, segment, …]"""
-            return None if y is None else jnp.swapaxes(y.reshape(batch, count, self.segment, *y.shape[2:]), 0, 1)
+            return None if y is None else jnp.swapaxes(y.reshape(batch, count, size, *y.shape[2:]), 0, 1)
 
         def cut_longer(y: Array | None) -> Array | None:
             """[B, T] → [segments, B, before + segment], each with the end of the one before it."""
             if y is None:
                 return None
-            places = jnp.arange(count)[:, None] * self.segment + jnp.arange(before + self.segment)
+            places = jnp.arange(count)[:, None] * size + jnp.arange(before + size)
             return jnp.swapaxes(jnp.pad(y, ((0, 0), (before, 0)), mode="edge")[:, places], 0, 1)
 
         given = {
