@@ -77,8 +77,8 @@ def decayed_products(rows: jax.Array, columns: jax.Array, g: jax.Array, precisio
 def own_products(rows: jax.Array, columns: jax.Array, precision: jax.lax.Precision) -> jax.Array:
     """[..., C, K] each → [..., C, C]: the diagonal that `decayed_products` leaves out, sum_k rows_ik columns_ik.
 
-    A product with ones: fused as a reduction beside a scan, XLA's CPU backend (jaxlib 0.10 to 0.12) makes it read what
-    was never written for some sizes, K = 32 among them.
+    A product with ones: as a sum beside a scan, XLA's CPU backend (jaxlib 0.10 and 0.12) gives garbage for some sizes,
+    K = 32 among them, and another with each compilation.
     """
     sums = jnp.matmul(rows * columns, jnp.ones((rows.shape[-1], 1), rows.dtype), precision=precision)
     return sums * jnp.eye(rows.shape[-2], dtype=rows.dtype)
