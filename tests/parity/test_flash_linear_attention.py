@@ -23,6 +23,7 @@ from fla.ops.delta_rule.naive import delta_rule_recurrence  # noqa: E402
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule  # noqa: E402
 from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate  # noqa: E402
 from fla.ops.kda.naive import naive_recurrent_kda  # noqa: E402
+from fla.ops.linear_attn.naive import naive_recurrent_linear_attn  # noqa: E402
 from fla.ops.retention.naive import naive_retention  # noqa: E402
 
 from kernels.delta_rule import delta_rule  # noqa: E402
@@ -30,6 +31,7 @@ from kernels.linear_attention import linear_attention  # noqa: E402
 from zoo.state_space.deltanet import unit_length  # noqa: E402
 from zoo.state_space.kda import KDA  # noqa: E402
 from zoo.state_space.lightnet import running_logsumexp  # noqa: E402
+from zoo.state_space.linear import LinearAttention  # noqa: E402
 from zoo.state_space.retention import Retention  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -79,6 +81,27 @@ def heads_first(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def unit(x: Any) -> Any:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def test_linear_attention():
+    """The whole mixer, whose projections are arguments here."""
+    names = ("query", "key", "value")
+    dim = HEADS * KEY
+    rng = np.random.default_rng(3)
+    kernels = {name: rng.standard_normal((dim, HEADS, KEY)).astype(np.float32) / dim**0.5 for name in names}
+    given = {"x": rng.standard_normal((BATCH, LENGTH, dim)).astype(np.float32), **kernels}
+    out = np.eye(dim, dtype=np.float32).reshape(HEADS, KEY, dim)
+
+    def ours(x: Any, **kernels: Any) -> Any:
+        weights = {name: {"kernel": kernel} for name, kernel in [*kernels.items(), ("out", jnp.asarray(out))]}
+        return LinearAttention(dim, heads=HEADS).apply({"params": weights}, x)
+
+    def theirs(x: Any, **kernels: Any) -> Any:
+        q, k, v = (torch.einsum("btd,dhk->bthk", x, kernels[name]) for name in names)
+        q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+        return naive_recurrent_linear_attn(q, k, v, scale=1.0, normalize=True)[0].flatten(2)
+
+    agree(ours, theirs, given)
 
 
 def test_retention():
