@@ -58,8 +58,8 @@ CASES = {
         {"heads": 2, "grid": (4, 6), "window": 2, "reach": (1, 3), "samples": (2, 2)},
     ),
     "hierarchical_window in time": Case("hierarchical_window", 4224 + 96, {"heads": 2}),
-    # Spiking: q, k and out 3 · (32² + 2 · 32) and 32, convolution 32 · 3, around its place 32 · (3 + 1); feedback also v
-    # and inhibition 2 · (32² + 2 · 32) and 3. Thresholds low enough for neurons to fire; in bfloat16 a few others do.
+    # Spiking: q, k and out 3 · (32² + 2 · 32) and 32, convolution 32 · 3, around its place 32 · (3 + 1); feedback also
+    # v and inhibition 2 · (32² + 2 · 32) and 3. Thresholds low enough for neurons to fire; in bfloat16 a few others do.
     "spiking": Case("spiking", 3264 + 32 + 96, {"heads": 2, "threshold": 0.5}),
     "spiking spikes, both ways": Case(
         "spiking",
@@ -137,8 +137,13 @@ CASES = {
         "lightnet",
         4096 + 512 + 8 + 32 + 1124,
         {
-            **{"heads": 4, "rank": 8, "gate": "sigmoid", "joint_norm": False},
-            **{"tpe": True, "lrpe": True, "start_at_one": True},
+            "heads": 4,
+            "rank": 8,
+            "gate": "sigmoid",
+            "joint_norm": False,
+            "tpe": True,
+            "lrpe": True,
+            "start_at_one": True,
         },
     ),
     # Rates 4 · 4 for two axes, TPE of two axes.
@@ -232,7 +237,7 @@ CASES = {
         rounding=0.1,
     ),
     # Queries by a latent of 32 and its norm 32, heads of 8: 3 · 32² with out, 4 rotary features 32 · 16 and 32 · 4.
-    # Local: latent of 32 and its norm 32² + 32, up 2 · 32². Global: latents of two groups of 16 and their norm 32² + 16,
+    # Local: latent of 32 and its norm 32² + 32, up 2 · 32². Global: latents of two groups of 16, their norm 32² + 16,
     # up 2 · 2 · 16 · 8, gates 32 · 8, compression 4 · 16 + 4 · 16 · 16 + 16². In bfloat16 other blocks may be chosen.
     "asa_local": Case("asa_local", 3744 + 1056 + 2048, {"heads": 4, "window": 6}, border=12),
     "asa_global": Case("asa_global", 3744 + 1040 + 512 + 256 + 1344, BLOCKS, border=12, rounding=0.1),

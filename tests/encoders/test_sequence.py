@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo.encoders.decoding import diverse_beams
 from zoo.encoders.sequence import SequenceModel
 from zoo.errors import ZooError
 
@@ -92,3 +93,43 @@ def test_a_step_past_the_table_of_positions_is_nan():
 def test_what_it_refuses(options, given, message):
     with pytest.raises(ZooError, match=message):
         SequenceModel(**SMALL, **options).init(jax.random.key(0), given)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_leaves_the_state_that_its_tokens_leave_one_by_one(name):
+    model, own, x = MODELS[name], variables(name), inputs(name)
+    counts = jnp.array([3, 7])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def both(own: Any, x: jax.Array) -> Any:
+        out, state = model.apply(own, x[:, :7], counts, 8, method="prefill")
+        last = jnp.take_along_axis(x, counts.reshape(2, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
+        return out, model.apply(own, last, state, method="step")[0], model.apply(own, x)
+
+    out, following, whole = both(own, x)
+    for row, count in enumerate(counts.tolist()):
+        np.testing.assert_allclose(out[row, :count], whole[row, :count], atol=1e-5)
+        np.testing.assert_allclose(following[row], whole[row, count], atol=1e-5)
+
+
+def test_beams_of_a_scanned_model_take_their_own_states_along():
+    model = SequenceModel(16, ("linear",) * 2, 5, mlp_options={"hidden": 8}, convolution=3)
+    prompt = jnp.array([[1, 2, 3], [4, 0, 2]])
+    own = nn.unbox(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(3), prompt))
+    own = jax.tree.map(lambda x: 4 * x, own)  # decided enough that beams change places
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def search(own: Any) -> Any:
+        _, state = model.apply(own, prompt[:, :-1], method="prefill")
+        step = partial(model.apply, own, method="step")
+        found = diverse_beams(step, state, prompt[:, -1], 4, beams=4, groups=1, rows=model.rows)
+        every = jnp.stack(jnp.meshgrid(*[jnp.arange(5)] * 4, indexing="ij"), -1).reshape(-1, 4)
+        rows = jnp.concatenate([jnp.repeat(prompt, len(every), axis=0), jnp.tile(every, (2, 1))], axis=1)
+        logs = jax.nn.log_softmax(model.apply(own, rows[:, :-1]))[:, 2:]
+        return found, jnp.take_along_axis(logs, rows[:, 3:, None], axis=-1).sum((1, 2)).reshape(2, -1)
+
+    found, scores = search(own)
+    number = (found.tokens[:, 0] * 5 ** jnp.arange(3, -1, -1)).sum(-1)
+    # Each beam's score is that of its own tokens, which it is not where states stay behind or go to another sequence.
+    np.testing.assert_allclose(found.log_probs[:, 0], jnp.take_along_axis(scores, number, axis=1), atol=1e-4)
+    assert (found.log_probs[:, 0, 0] > scores.mean(1)).all()

@@ -1,7 +1,7 @@
 """Sequences from a model that gives one token's successor at a time.
 
-The model is a function `step(tokens[B] int32, state) -> (logits[B, V], state)`; all leaves of its state are [B, ...].
-Everything has fixed shapes and runs under jit. Samplers:
+The model is a function `step(tokens[B] int32, state) -> (logits[B, V], state)`. Everything has fixed shapes and runs
+under jit. Samplers:
 
     Greedy      the likeliest token
     TopP        from the smallest set of tokens with probability p (Holtzman et al., 1904.09751, §3.1)
@@ -27,6 +27,8 @@ from zoo.types import Array
 State = Any
 Step = Callable[[Array, State], tuple[Array, State]]
 """Tokens [B], state → logits [B, V] of the next ones, state."""
+Rows = Callable[[State, Array], State]
+"""State, index [N] → the state of these rows."""
 
 
 @runtime_checkable
@@ -209,6 +211,7 @@ def diverse_beams(
     penalty: float = 0.5,
     keep_penalty: bool = True,
     end: int | None = None,
+    rows: Rows | None = None,
 ) -> Beams:
     """Beam search in groups, each kept from choosing what earlier groups have chosen at the same time.
 
@@ -217,11 +220,14 @@ def diverse_beams(
                   that chose it at this time (Hamming diversity; the paper uses 0.2 to 0.8). 0 gives G equal groups
     keep_penalty  a beam's score keeps the penalties that it has paid (authors' code); False ranks with this time's only
     end           the token that ends a sequence; a beam that ends leaves its group, whose others go on without it
+    rows          (state, index [N]) → the state of these rows, such as `SequenceModel.rows`; unless given, the first
+                  axis of every array of the state is the batch
 
-    `state` [B, ...] is that of each sequence, repeated for its beams here. Raises ZooError where beams do not divide.
+    `state` is that of each sequence, repeated for its beams here. Raises ZooError where beams do not divide.
     """
     if groups < 1 or beams < groups or beams % groups:
         raise ZooError(f"diverse_beams: {beams} beams do not divide into {groups} groups")
+    rows = first_axis if rows is None else rows
     batch, width = len(prompt), beams // groups
     shape = batch, groups, width
 
@@ -240,8 +246,8 @@ def diverse_beams(
             parents.append(parent + g * width)
             tokens.append(drawn)
         live = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *after)
-        rows = jnp.stack(parents, 1).reshape(batch, -1) + beams * jnp.arange(batch)[:, None]
-        state = jax.tree.map(lambda leaf: leaf[rows.reshape(-1)], state)
+        origin = jnp.stack(parents, 1).reshape(batch, -1) + beams * jnp.arange(batch)[:, None]
+        state = rows(state, origin.reshape(-1))
         token = jnp.stack(tokens, axis=1)
         if end is not None:
             ended = token == end
@@ -255,9 +261,14 @@ def diverse_beams(
     # All beams of a group are equal before the first token: one of them is enough.
     live = Beams(nothing.tokens, nothing.scores.at[..., 0].set(0.0), nothing.log_probs)
     token = jnp.broadcast_to(prompt.astype(jnp.int32)[:, None, None], shape)
-    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=0), state)
+    state = rows(state, jnp.repeat(jnp.arange(batch), beams))
     (_, _, live, done), _ = jax.lax.scan(turn, (token, state, live, nothing), jnp.arange(length))
     return _best(done, live)
+
+
+def first_axis(state: State, index: Int[Array, " N"]) -> State:
+    """Rows of a state whose arrays are all [B, ...]."""
+    return jax.tree.map(lambda leaf: leaf[index], state)
 
 
 def _grown(

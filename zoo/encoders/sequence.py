@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -91,16 +92,8 @@ class SequenceModel(nn.Module):
         segment_ids, mask and train as in `zoo.layers.mixer.Mixer`. Learned positions count from the start of the row.
         Raises ZooError for inputs of another kind, or longer than the table of positions.
         """
-        self._check_inputs(inputs, axes=2)
         ids, there = (None if x is None else jnp.asarray(x) for x in (segment_ids, mask))
-        x = self.embed(jnp.asarray(inputs))
-        if self.convolution:
-            x = x + self.convolve(x, segment_ids=ids, mask=there)
-        if self.max_length:
-            if x.shape[1] > self.max_length:
-                raise ZooError(f"SequenceModel: got {x.shape[1]} places, wanted at most max_length {self.max_length}")
-            x = x + self.positions[: x.shape[1]].astype(x.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        x = nn.with_logical_constraint(self._embedded(inputs, ids, there)[0], ("batch", "tokens", None))
         out = self.backbone(x, segment_ids=ids, mask=there, train=train, intermediates=intermediates)
         return (self._read(out[0]), out[1]) if isinstance(out, tuple) else self._read(out)
 
@@ -108,6 +101,35 @@ class SequenceModel(nn.Module):
         """The state of `step` before the first place; memories of tokens have room for `capacity`."""
         convolved = self.convolve.initial_state(batch) if self.convolution else ()
         return self.backbone.initial_state(batch, capacity), convolved, jnp.zeros(batch, jnp.int32)
+
+    def prefill(
+        self,
+        inputs: Int[AnyArray, "B T"] | Float[AnyArray, "B T F"],
+        length: Int[AnyArray, " B"] | None = None,
+        capacity: int = 2048,
+    ) -> tuple[Float[Array, "B T V"], State]:
+        """A prompt, of which so many places of each row count (all unless given) → its predictions, the state after it.
+
+        Errors as in a call.
+        """
+        count = jnp.full(len(inputs), inputs.shape[1], jnp.int32) if length is None else jnp.asarray(length, jnp.int32)
+        x, embedded = self._embedded(inputs)
+        convolved: Any = ()
+        if self.convolution:
+            # The last tokens that count, zeros before the first.
+            before = jnp.pad(embedded, ((0, 0), (self.convolution - 1, 0), (0, 0)))
+            places = count[:, None] + jnp.arange(self.convolution - 1)
+            convolved = jnp.take_along_axis(before, places[..., None], axis=1)
+        y, memory = self.backbone.prefill(x, None if length is None else count, capacity)
+        return self._read(y), (memory, convolved, count)
+
+    @nn.nowrap
+    def rows(self, state: State, index: Int[Array, " N"]) -> State:
+        """The state of these rows of a batch, to repeat, leave out or reorder sequences."""
+        memory, convolved, time = state
+        axis = 1 if self.scan else 0  # layers come first where they are scanned
+        memory = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=axis), memory)
+        return memory, jax.tree.map(lambda leaf: leaf[index], convolved), time[index]
 
     def step(
         self, inputs: Int[AnyArray, " B"] | Float[AnyArray, "B F"], state: State
@@ -128,6 +150,20 @@ class SequenceModel(nn.Module):
     def example(self) -> tuple[Array]:
         """The smallest input."""
         return (jnp.zeros((1, 1), jnp.int32) if self.vocabulary else jnp.zeros((1, 1, self.features)),)
+
+    def _embedded(
+        self, inputs: AnyArray, segment_ids: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Array]:
+        """What the backbone sees [B, T, D], and the embedding alone."""
+        self._check_inputs(inputs, axes=2)
+        x = embedded = self.embed(jnp.asarray(inputs))
+        if self.convolution:
+            x = x + self.convolve(x, segment_ids=segment_ids, mask=mask)
+        if self.max_length:
+            if x.shape[1] > self.max_length:
+                raise ZooError(f"SequenceModel: got {x.shape[1]} places, wanted at most max_length {self.max_length}")
+            x = x + self.positions[: x.shape[1]].astype(x.dtype)
+        return x, embedded
 
     def _make_embedding(self) -> Any:
         if self.features:

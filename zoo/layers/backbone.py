@@ -50,6 +50,13 @@ class Period(nn.Module):
         """`carry` is what a scan passes on: nothing."""
         return carry, tuple(block.initial_state(batch, capacity) for block in self.blocks)
 
+    def prefill(self, x: Array, length: Array | None, capacity: int) -> tuple[Array, tuple[State, ...]]:
+        states = []
+        for block in self.blocks:
+            x, state = block.prefill(x, length, capacity)
+            states.append(state)
+        return x, tuple(states)
+
     def step(self, x: Array, states: tuple[State, ...]) -> tuple[Array, tuple[State, ...]]:
         after = []
         for block, state in zip(self.blocks, states, strict=True):
@@ -95,11 +102,9 @@ class Backbone(nn.Module):
         if self.scan:
             shared = {"variable_axes": VARIABLES, "split_rngs": {"params": True, "dropout": True}, "length": turns}
             shared |= {"metadata_params": {nn.PARTITION_NAME: "layers"}}
-            whole = shared | {"in_axes": (0, *(nn.broadcast,) * 4)}
-            body = nn.scan(
-                body,
-                methods={"__call__": whole, "initial_state": shared | {"in_axes": (nn.broadcast,) * 2}, "step": shared},
-            )
+            methods = {"__call__": (0, *(nn.broadcast,) * 4), "step": (0,)}
+            methods |= dict.fromkeys(("initial_state", "prefill"), (nn.broadcast,) * 2)
+            body = nn.scan(body, methods={name: shared | {"in_axes": axes} for name, axes in methods.items()})
             self.layers = body(pattern, options, self.mixer_options or {})
         else:
             self.layer = [body(pattern, options, self.mixer_options or {}) for _ in range(turns)]
@@ -132,10 +137,27 @@ class Backbone(nn.Module):
         return (y, outs.reshape(depth, *x.shape)) if intermediates else y
 
     def initial_state(self, batch: int, capacity: int = 2048) -> State:
-        """States of all layers before the first token. A memory of tokens has room for `capacity` of them."""
+        """States of all layers before the first token. A memory of tokens has room for `capacity` of them.
+
+        Where layers are scanned, arrays are [turns of the pattern, B, ...].
+        """
         if self.scan:
             return self.layers.initial_state((), batch, capacity)[1]
         return tuple(layer.initial_state((), batch, capacity)[1] for layer in self.layer)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """A prompt [B, T, D], of which so many tokens of each row count → its outputs and the states after it."""
+        if self.scan:
+            x, state = self.layers.prefill(x, length, capacity)
+        else:
+            states = []
+            for layer in self.layer:
+                x, own = layer.prefill(x, length, capacity)
+                states.append(own)
+            state = tuple(states)
+        return self.final_norm(x), state
 
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One token [B, D] and the states → its output [B, D] and the new states."""

@@ -57,22 +57,30 @@ class Block(nn.Module):
     ) -> Float[Array, "B T D"]:
         """`drop` is the probability that an example does without a branch, where `train`; see `Mixer` for the rest."""
         mixed = self.mixing(self.mixer_norm(x), segment_ids=segment_ids, mask=mask, train=train)
-        x = x + self._branch("mixer", mixed, drop if train else None)
-        if self.mlp != "none":
-            x = x + self._branch("mlp", self.feeding(self.mlp_norm(x), train=train), drop if train else None)
+        x = self._fed(x + self._branch("mixer", mixed, drop if train else None), drop if train else None)
         return nn.with_logical_constraint(x, ("batch", "tokens", None))
 
     def initial_state(self, batch: int, capacity: int = 2048) -> State:
         """The mixer's."""
         return self.mixing.initial_state(batch, capacity)
 
+    def prefill(
+        self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """A prompt and the state after it, see `Mixer.prefill`."""
+        mixed, state = self.mixing.prefill(self.mixer_norm(x), length, capacity)
+        return self._fed(x + self._branch("mixer", mixed)), state
+
     def step(self, x: Float[Array, "B D"], state: State) -> tuple[Float[Array, "B D"], State]:
         """One token and the mixer's new state."""
         mixed, state = self.mixing.step(self.mixer_norm(x), state)
-        x = x + self._branch("mixer", mixed)
-        if self.mlp != "none":
-            x = x + self._branch("mlp", self.feeding(self.mlp_norm(x)))
-        return x, state
+        return self._fed(x + self._branch("mixer", mixed)), state
+
+    def _fed(self, x: Array, drop: Array | float | None = None) -> Array:
+        """x after the MLP, which trains where there is a `drop`."""
+        if self.mlp == "none":
+            return x
+        return x + self._branch("mlp", self.feeding(self.mlp_norm(x), train=drop is not None), drop)
 
     def _branch(self, name: str, branch: Array, drop: Array | float | None = None) -> Array:
         if self.layer_scale:

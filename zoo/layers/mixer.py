@@ -11,6 +11,7 @@ import importlib
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -108,6 +109,29 @@ class Mixer(nn.Module):
         """One token [B, D] and the state → its output [B, D] and the new state."""
         self.check_causal()
         raise NotImplementedError
+
+    def prefill(
+        self, x: Float[Array, "B T D"], length: Int[Array, " B"] | None = None, capacity: int = 2048
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """A prompt [B, T, D] → what `step` gives for its tokens one by one, and the state after them.
+
+        length [B]: so many tokens of each row count; all unless given. Memories of tokens take them all at once and
+        have room for `capacity`; states are built token by token.
+        """
+        count = jnp.full(x.shape[0], x.shape[1]) if length is None else length
+        there = jnp.arange(x.shape[1]) < count[:, None]
+
+        def turn(mixer: Mixer, state: State, token: tuple[Array, Array]) -> tuple[State, Array]:
+            out, after = mixer.step(token[0], state)
+
+            def where(new: Array, old: Array) -> Array:
+                return jnp.where(token[1].reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+            return jax.tree.map(where, after, state), out
+
+        over_time = nn.scan(turn, variable_broadcast=True, split_rngs={"params": False}, in_axes=1, out_axes=1)
+        state, out = over_time(self, self.initial_state(x.shape[0], capacity), (x, there))
+        return out, state
 
     @nn.nowrap
     def check_causal(self) -> None:
