@@ -136,28 +136,28 @@ def tasks(share: float = 1.0) -> dict[str, Task]:
     copied: Any = partial(selective_copy, length=64, words=14, count=6)
     return {
         "recall": Task(
-            "recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(600), 1e-2, {"vocabulary": 513}, recall
+            "recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(500), 1e-2, {"vocabulary": 513}, recall
         ),
         "flip_flop": Task(
             "flip_flop",
             "flip-flop language, Liu et al. 2306.00946",
             128,
             16,
-            steps(160),
+            steps(120),
             3e-3,
             {"vocabulary": 5},
             flips[0.8],
             {"sparse": flips[0.98], "dense": flips[0.1]},
         ),
         "copy": Task(
-            "copy", "selective copying, Gu and Dao 2312.00752", 64, 32, steps(320), 3e-3, {"vocabulary": 16}, copied
+            "copy", "selective copying, Gu and Dao 2312.00752", 64, 32, steps(240), 3e-3, {"vocabulary": 16}, copied
         ),
         "adding": Task(
             "adding",
             "long range: the adding problem, Hochreiter and Schmidhuber 1997",
             256,
             8,
-            steps(240),
+            steps(160),
             3e-3,
             {"features": 2, "outputs": 1},
             partial(adding, length=256),

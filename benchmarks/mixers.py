@@ -17,9 +17,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +41,7 @@ DIM, LAYERS = 64, 2
 BLOCK = 12 * DIM**2
 """Parameters of a block: square projections of queries, keys, values and outputs, and an MLP four times as wide."""
 STEPS_A_CALL = 20
-TEST_BATCHES = 16
+TEST_BATCHES = 8
 """Of four times the training batch."""
 
 HEADS = {"heads": 2}
@@ -98,6 +97,7 @@ CONTENDERS: dict[str, tuple[tuple[str, ...], Mapping[str, Mapping[str, Any]]]] =
     "rg_lru": (("rg_lru",), {"rg_lru": {"heads": 4}}),
     "elm": (("elm",), {"elm": {"memory": 64}}),
     "grassmann": (("grassmann",), {"grassmann": {"width": 16}}),
+    "spiking": (("spiking",), {"spiking": {**HEADS, "feedback": True}}),
 }
 """Name → pattern of mixers and their options."""
 
@@ -136,9 +136,10 @@ class Row:
     seconds: float
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 2 for bad input."""
     try:
-        options = parse(Options, sys.argv[1:], prog="mixers.py")
+        options = parse(Options, list(sys.argv[1:] if arguments is None else arguments), prog="benchmarks/mixers.py")
         for name in options.mixers:
             if name not in CONTENDERS:
                 raise ZooError(f"--mixers: {name!r} is not among {', '.join(CONTENDERS)}")
@@ -150,7 +151,7 @@ def main() -> int:
     for task in options.tasks or chosen:
         for mixer in options.mixers or CONTENDERS:
             rows.append(trained(mixer, chosen[task], options.seed))
-            Console(stderr=True).print(line(rows[-1]))
+            print(line(rows[-1]), file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
         show(chosen[task], [row for row in rows if row.task == task])
@@ -236,19 +237,22 @@ def trained(mixer: str, task: Task, seed: int) -> Row:
 def tested(made: SequenceModel, variables: Any, task: Task, key: jax.Array) -> tuple[dict[str, int], dict[str, int]]:
     """(wrong answers, answers) by distribution: that of training, `same`, and the task's others."""
 
-    @partial(jax.jit, static_argnums=0)
-    def count(draw: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    draws = {"same": task.draw, **task.others}
+
+    @jax.jit
+    def count(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            inputs, targets, weights = draw(key, 4 * task.batch)
+            each = [draw(key, 4 * task.batch) for draw in draws.values()]
+            inputs, targets, weights = (jnp.concatenate(parts) for parts in zip(*each, strict=True))
             predictions: Any = made.apply(variables, inputs)
-            right = task.right(predictions, targets)
-            return jnp.sum(weights * ~right), jnp.sum(weights)
+            wrong = (weights * ~task.right(predictions, targets)).reshape(len(draws), -1)
+            return wrong.sum(1), weights.reshape(len(draws), -1).sum(1)
 
         wrong, answers = jax.lax.map(one, jax.random.split(key, TEST_BATCHES))
-        return jnp.sum(wrong), jnp.sum(answers)
+        return wrong.sum(0), answers.sum(0)
 
-    counts = {name: count(draw, key) for name, draw in {"same": task.draw, **task.others}.items()}
-    return {name: int(each[0]) for name, each in counts.items()}, {name: int(each[1]) for name, each in counts.items()}
+    wrong, answers = (dict(zip(draws, map(int, counts), strict=True)) for counts in count(key))
+    return wrong, answers
 
 
 def line(row: Row) -> str:

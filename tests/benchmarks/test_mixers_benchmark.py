@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import jax
 import numpy as np
@@ -11,8 +11,6 @@ import pytest
 from benchmarks import mixers
 from benchmarks.mixer_tasks import tasks
 from zoo.layers.mixer import MIXERS, mixer_class
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def drawn(name: str, other: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,3 +76,29 @@ def test_every_causal_mixer_takes_part_at_equal_size():
         variables = jax.eval_shape(model.init, jax.random.key(0), *model.example())
         sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert max(sizes.values()) < 1.01 * min(sizes.values()), sizes
+
+
+def test_a_short_run_learns_writes_and_shows(tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    command = ["--mixers", "softmax", "--tasks", "flip_flop", "--share", "0.5", "--json", str(figures)]
+    assert mixers.main(command) == 0
+    (row,) = json.loads(figures.read_text())
+    assert row["accuracy"] > 0.8  # half the bits are right by chance
+    assert row["wrong"].keys() == row["answers"].keys() == {"same", "sparse", "dense"}
+    assert 0 < row["wrong"]["sparse"] < row["answers"]["sparse"]
+    table = capsys.readouterr().out
+    assert f"{row['wrong']['sparse']} of {row['answers']['sparse']:,}" in " ".join(table.split())
+    assert "1.00" in table
+
+
+@pytest.mark.slow
+def test_the_delta_rule_recalls_what_adding_up_confuses():
+    recall = tasks()["recall"]
+    accuracy = {name: mixers.trained(name, recall, seed=0).accuracy for name in ("deltanet", "linear")}
+    assert accuracy["deltanet"] > 0.97
+    assert accuracy["linear"] < accuracy["deltanet"] - 0.03
+
+
+def test_a_mixer_that_does_not_take_part_is_named(capsys):
+    assert mixers.main(["--mixers", "lstm"]) == 2
+    assert "--mixers: 'lstm' is not among softmax, gated" in capsys.readouterr().err
