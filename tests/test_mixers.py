@@ -271,47 +271,52 @@ def prepared(name: str) -> tuple[Mixer, Any]:
     return mixer, {**variables, "params": jax.tree.unflatten(tree, moved)}
 
 
-def run(mixer: Mixer, variables: Any, x: jax.Array, **options: Any) -> np.ndarray:
-    """The mixer's outputs, compiled quickly."""
-    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-    return np.asarray(_apply(mixer, variables, x, arrays), np.float32)
+def pulled(mixer: Mixer, variables: Any, x: jax.Array) -> Any:
+    """Outputs, and gradients of variables and inputs for a fixed cotangent."""
+    out, vjp = jax.vjp(lambda variables, x: mixer.apply(variables, x), variables, x)
+    return out, vjp(normal(2, *x.shape))
+
+
+@cache
+def pulled_on_one_device(name: str) -> Any:
+    mixer, boxed = prepared(name)
+    whole = jax.jit(partial(pulled, mixer), compiler_options=QUICK)
+    return whole(nn.unbox(boxed), normal(1, BATCH, LENGTH, DIM))
+
+
+def run(mixer: Mixer, variables: Any, x: jax.Array, segment_ids: Any = None, mask: Any = None) -> np.ndarray:
+    """The mixer's outputs where both arguments are given, if only to say one segment and all there: one program."""
+    ids = np.zeros((BATCH, LENGTH), np.int32) if segment_ids is None else segment_ids
+    there = np.ones((BATCH, LENGTH), bool) if mask is None else mask
+    return np.asarray(_apply(mixer, variables, x, jnp.asarray(ids), jnp.asarray(there)), np.float32)
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def _apply(mixer: Mixer, variables: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    return mixer.apply(nn.unbox(variables), x, **arrays)
+def _apply(mixer: Mixer, variables: Any, x: jax.Array, segment_ids: Any = None, mask: Any = None) -> jax.Array:
+    return mixer.apply(nn.unbox(variables), x, segment_ids=segment_ids, mask=mask)
 
 
 def close(got: Any, wanted: Any, tolerance: float = 2e-5) -> None:
     np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * max(1e-3, np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_shapes_parameters_and_gradients(name):
-    case, (mixer, variables) = CASES[name], prepared(name)
-    x, cotangent = normal(1, BATCH, LENGTH, DIM), normal(2, BATCH, LENGTH, DIM)
-    parameters = nn.unbox(variables["params"])
-    others = {key: value for key, value in nn.unbox(variables).items() if key != "params"}
-    assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == case.parameters
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def pulled(parameters: Any, x: jax.Array) -> Any:
-        out, vjp = jax.vjp(lambda parameters, x: mixer.apply({"params": parameters, **others}, x), parameters, x)
-        return out, vjp(cotangent)
-
-    out, (d_parameters, d_x) = pulled(parameters, x)
-    assert out.shape == x.shape
+    case, (_, boxed) = CASES[name], prepared(name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(boxed["params"]))) == case.parameters
+    out, (d_variables, d_x) = pulled_on_one_device(name)
+    assert out.shape == d_x.shape == (BATCH, LENGTH, DIM)
     assert out.dtype == jnp.float32
     assert np.isfinite(out).all()
     assert np.isfinite(d_x).all()
     assert np.abs(d_x).max() > 0
-    for path, gradient in jax.tree_util.tree_leaves_with_path(d_parameters):
+    for path, gradient in jax.tree_util.tree_leaves_with_path(d_variables["params"]):
         place = jax.tree_util.keystr(path, simple=True, separator="/")
         assert np.isfinite(gradient).all(), place
         assert np.abs(gradient).max() > 0 or any(part in place for part in case.idle), f"{place} has no gradient"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_sees_no_later_token_where_causal(name):
     mixer, variables = prepared(name)
     x = normal(1, BATCH, LENGTH, DIM)
@@ -324,7 +329,7 @@ def test_sees_no_later_token_where_causal(name):
         assert np.abs(before[:, :15] - after[:, :15]).max() > 1e-6
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_step_by_step_equals_parallel(name):
     mixer, variables = prepared(name)
     x = normal(1, BATCH, LENGTH, DIM)
@@ -343,10 +348,10 @@ def test_step_by_step_equals_parallel(name):
 
         return jnp.swapaxes(jax.lax.scan(step, state, jnp.swapaxes(x, 0, 1))[1], 0, 1)
 
-    close(streamed(nn.unbox(variables), x), run(mixer, variables, x))
+    close(streamed(nn.unbox(variables), x), pulled_on_one_device(name)[0])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIRST, scope="module")
 def test_packed_equals_separate(name):
     mixer, variables = prepared(name)
     border, x = CASES[name].border, normal(1, BATCH, LENGTH, DIM)
@@ -356,66 +361,88 @@ def test_packed_equals_separate(name):
     assert np.isfinite(packed).all()
     close(alone[0][:, border:], packed[:, border:], 1e-6)
     close(alone[1][:, :border], packed[:, :border], 1e-6)
-    close(run(mixer, variables, x, segment_ids=jnp.zeros_like(ids)), run(mixer, variables, x), 1e-6)
+    close(run(mixer, variables, x), pulled_on_one_device(name)[0], 2e-6)
     if mixer.causal:
         # The second segment is what it would be at the start of a row.
         moved = jnp.roll(x, -border, axis=1)
         close(run(mixer, variables, moved)[:, : LENGTH - border], packed[:, border:])
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST, scope="module")
 def test_does_not_see_tokens_that_are_not_there(name):
     mixer, variables = prepared(name)
     x = normal(1, BATCH, LENGTH, DIM)
     there = np.ones((BATCH, LENGTH), bool)
     there[0, 5:8], there[1, 20:] = False, False
     changed = jnp.where(there[..., None], x, 100.0)
-    before, after = (run(mixer, variables, each, mask=jnp.asarray(there)) for each in (x, changed))
+    before, after = (run(mixer, variables, each, mask=there) for each in (x, changed))
     assert np.isfinite(after).all()
     close(after[there], before[there], 1e-6)
     whole = run(mixer, variables, x)
-    close(run(mixer, variables, x, mask=jnp.ones_like(there)), whole, 1e-6)
     assert np.abs(before[there] - whole[there]).max() > 1e-5, "the tokens left out made no difference"
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_bfloat16_within_rounding(name):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES, scope="module")
+def test_each_argument_alone(name):
     mixer, variables = prepared(name)
     x = normal(1, BATCH, LENGTH, DIM)
+    ids = jnp.broadcast_to(jnp.arange(LENGTH) >= CASES[name].border, (BATCH, LENGTH)).astype(jnp.int32)
+    there = jnp.broadcast_to(jnp.arange(LENGTH) < 20, (BATCH, LENGTH))
+    close(_apply(mixer, variables, x, ids), run(mixer, variables, x, segment_ids=ids), 2e-6)
+    close(_apply(mixer, variables, x, mask=there)[:, :20], run(mixer, variables, x, mask=there)[:, :20], 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES, scope="module")
+def test_a_prompt_leaves_what_its_tokens_leave_one_by_one(name):
+    mixer, variables = prepared(name)
+    if not mixer.causal:
+        return
+    x, counts = normal(1, BATCH, LENGTH, DIM), jnp.array([7, 18])
+    own = nn.unbox(variables)
+    prompt = jax.jit(partial(mixer.apply, method="prefill"), static_argnums=3, compiler_options=QUICK)
+    out, state = prompt(own, x[:, :18], counts, LENGTH)
+    token = jnp.take_along_axis(x, counts[:, None, None], axis=1)[:, 0]
+    following, _ = jax.jit(partial(mixer.apply, method="step"), compiler_options=QUICK)(own, token, state)
+    whole = pulled_on_one_device(name)[0]
+    for row, count in enumerate(counts.tolist()):
+        close(out[row, :count], whole[row, :count])
+        close(following[row], whole[row, count])
+
+
+@pytest.mark.parametrize("name", FIRST, scope="module")
+def test_bfloat16_within_rounding(name):
+    _, variables = prepared(name)
+    x = normal(1, BATCH, LENGTH, DIM)
     rough = CASES[name].create(dtype=jnp.bfloat16)
-    out = _apply(rough, variables, x.astype(jnp.bfloat16), {})
+    out = _apply(rough, variables, x.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
-    wanted = run(mixer, variables, x)
+    wanted = pulled_on_one_device(name)[0]
     error = np.sqrt(np.mean((np.asarray(out, np.float32) - wanted) ** 2) / np.mean(wanted**2))
     assert error < CASES[name].rounding
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST, scope="module")
 def test_split_over_devices_equals_whole(name):
     mixer, boxed = prepared(name)
-    x, cotangent = normal(1, BATCH, LENGTH, DIM), normal(2, BATCH, LENGTH, DIM)
+    wanted = pulled_on_one_device(name)
+    variables = nn.unbox(boxed)  # with a mesh in force, flax would place them itself
     rules = Rules()
     mesh = jax.make_mesh(
         (1, 1, 2, 2, 2), ("slice", "data", "fsdp", "tensor", "sequence"), axis_types=(AxisType.Auto,) * 5
     )
-
-    def pulled(variables: Any, x: jax.Array) -> Any:
-        out, vjp = jax.vjp(lambda variables, x: mixer.apply(variables, x), variables, x)
-        return out, vjp(cotangent)
-
-    variables = nn.unbox(boxed)  # with a mesh in force, flax would place them itself
-    wanted = jax.jit(pulled, compiler_options=QUICK)(variables, x)
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
         split = jax.device_put(variables, parameter_shardings(boxed, rules, mesh))
-        tokens = jax.device_put(x, NamedSharding(mesh, P("fsdp", "sequence")))
-        got = jax.jit(pulled, compiler_options=QUICK)(split, tokens)
+        tokens = jax.device_put(normal(1, BATCH, LENGTH, DIM), NamedSharding(mesh, P("fsdp", "sequence")))
+        got = jax.jit(partial(pulled, mixer), compiler_options=QUICK)(split, tokens)
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
         place = jax.tree_util.keystr(path, simple=True, separator="/")
         if not any(part in place for part in CASES[name].idle):  # of which rounding alone is left
             close(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST, scope="module")
 def test_scanned_layers_equal_layers_in_turn(name):
     case = CASES[name]
     options = {"mixer_options": {case.mixer: case.options}, "mlp": "gelu", "mlp_options": {"hidden": 8}}
