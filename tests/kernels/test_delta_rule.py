@@ -50,7 +50,9 @@ def test_xla_is_the_definition(gate, packed):
     assert_equal(expected, got, 1e-12)
 
 
-@pytest.mark.parametrize("heads", [(4, 4, 2, 1), (1, 4, 2, 4), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "heads", [(4, 4, 2, 1), *(pytest.param(each, marks=pytest.mark.slow) for each in ((1, 4, 2, 4), (1, 1, 1, 1)))]
+)
 def test_grouped_heads(heads):
     with jax.enable_x64(True):
         arrays = cast(make("token", heads=heads), jnp.float64)
@@ -83,7 +85,13 @@ def test_error_within_the_rule(gate, dtype):
 
 
 @pytest.mark.parametrize(
-    ("gate", "lowest"), [("token", -20.0), ("token", -jnp.inf), ("channel", -20.0), ("channel", -jnp.inf)]
+    ("gate", "lowest"),
+    [
+        ("token", -20.0),
+        pytest.param("token", -jnp.inf, marks=pytest.mark.slow),
+        pytest.param("channel", -20.0, marks=pytest.mark.slow),
+        ("channel", -jnp.inf),
+    ],
 )
 def test_strong_gates(gate, lowest):
     """Strong gates among weak ones: finite and as exact as ever, values and gradients."""

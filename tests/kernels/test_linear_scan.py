@@ -163,7 +163,7 @@ def test_xla_is_as_exact_as_the_definition_in_the_same_dtype(dtype, kind, streng
     ("dtype", "kind", "layout", "reverse"),
     [
         (jnp.float32, "real", "packed", False),
-        (jnp.float32, "real", "constant", True),
+        pytest.param(jnp.float32, "real", "constant", True, marks=pytest.mark.slow),
         (jnp.bfloat16, "real", "plain", False),
         (jnp.float32, "complex", "packed", True),
     ],

@@ -233,7 +233,10 @@ def tokens(arrays, t):
     return jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), t], arrays)
 
 
-@pytest.mark.parametrize(("separate", "compressed", "come"), [(False, False, (0, 0)), (True, True, (13, 6))])
+@pytest.mark.parametrize(
+    ("separate", "compressed", "come"),
+    [pytest.param(False, False, (0, 0), marks=pytest.mark.slow), (True, True, (13, 6))],
+)
 def test_one_token_after_the_other(separate, compressed, come):
     arrays = arguments(separate=separate, compression=compressed)
     options = compression(arrays)

@@ -46,7 +46,7 @@ def check_kernels(heads, dtype, causal, packed, batch):
     [
         ((2, 1, 2), jnp.float32, True, True),
         ((2, 1, 1), jnp.bfloat16, True, False),
-        ((2, 2, 2), jnp.float32, False, True),
+        pytest.param((2, 2, 2), jnp.float32, False, True, marks=pytest.mark.slow),
     ],
 )
 def test_kernels(heads, dtype, causal, packed):

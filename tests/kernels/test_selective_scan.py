@@ -107,7 +107,11 @@ def test_xla_is_as_exact_as_the_definition_in_the_same_dtype(dtype, step_size, t
 
 @pytest.mark.parametrize(
     ("dtype", "batch", "features", "packed", "step"),
-    [(jnp.float32, 1, 128, True, 8), (jnp.float32, 2, 256, False, 4), (jnp.bfloat16, 1, 128, False, 4)],
+    [
+        (jnp.float32, 1, 128, True, 8),
+        pytest.param(jnp.float32, 2, 256, False, 4, marks=pytest.mark.slow),
+        (jnp.bfloat16, 1, 128, False, 4),
+    ],
 )
 def test_pallas_is_as_exact_as_xla(monkeypatch, dtype, batch, features, packed, step):
     monkeypatch.setattr(pallas, "STEP", step)
@@ -189,7 +193,7 @@ def test_same_result_twice_bit_for_bit():
         np.testing.assert_array_equal(first[name], second[name])
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.booleans())
 def test_any_shape(batch, time, features, states, packed):
     given, ids = problem(batch, time, features, states, packed=packed)

@@ -44,7 +44,7 @@ def check(arrays, mask, segment_ids=None):
     ("kind", "dtype", "groups", "packed"),
     [
         ("night", jnp.float32, 1, False),
-        ("longformer", jnp.bfloat16, 4, True),
+        pytest.param("longformer", jnp.bfloat16, 4, True, marks=pytest.mark.slow),
         ("map of key heads", jnp.float32, 2, True),
     ],
 )
