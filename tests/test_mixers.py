@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -254,7 +254,18 @@ CASES = {
 
 # Of several cases of one mixer the first is enough for what hardly depends on options; the rest are slow.
 _NAMED_FIRST = {case.mixer: name for name, case in reversed(CASES.items())}.values()
-FIRST = [pytest.param(name, marks=() if name in _NAMED_FIRST else pytest.mark.slow) for name in CASES]
+# Stacks differ by what a mixer keeps: parameters alone, statistics, weights for a kernel, a scan of its own.
+_STACKED = {"softmax", "gla", "l2vit global", "mamba", "native_sparse", "titans lmm"}
+# Split as the delta rule is.
+_LIKE_DELTANET = {"gated_deltanet", "kda"}
+
+
+def _default(names: Collection[str]) -> list[Any]:
+    """All cases, those of other names slow."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in CASES]
+
+
+FIRST = _default(_NAMED_FIRST)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -423,7 +434,7 @@ def test_bfloat16_within_rounding(name):
     assert error < CASES[name].rounding
 
 
-@pytest.mark.parametrize("name", FIRST, scope="module")
+@pytest.mark.parametrize("name", _default(set(_NAMED_FIRST) - _LIKE_DELTANET), scope="module")
 def test_split_over_devices_equals_whole(name):
     mixer, boxed = prepared(name)
     wanted = pulled_on_one_device(name)
@@ -442,7 +453,7 @@ def test_split_over_devices_equals_whole(name):
             close(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("name", FIRST, scope="module")
+@pytest.mark.parametrize("name", _default(_STACKED), scope="module")
 def test_scanned_layers_equal_layers_in_turn(name):
     case = CASES[name]
     options = {"mixer_options": {case.mixer: case.options}, "mlp": "gelu", "mlp_options": {"hidden": 8}}

@@ -62,16 +62,19 @@ def test_packed_rows_do_not_meet():
 
 
 def test_intermediates_are_of_every_layer():
-    out, layers = MODELS["tokens"].apply(variables("tokens"), inputs("tokens"), intermediates=True)
+    model, own, x = MODELS["tokens"], variables("tokens"), inputs("tokens")
+    run = jax.jit(partial(model.apply, intermediates=True), compiler_options=QUICK)
+    out, layers = run(own, x)
     assert layers.shape == (2, 2, 8, 16)
-    np.testing.assert_allclose(out, MODELS["tokens"].apply(variables("tokens"), inputs("tokens")), atol=1e-5)
+    np.testing.assert_allclose(out, jax.jit(model.apply, compiler_options=QUICK)(own, x), atol=1e-5)
 
 
 def test_a_step_past_the_table_of_positions_is_nan():
     model, own = MODELS["tokens"], variables("tokens")
     memory, convolved, _ = model.apply(own, 2, 12, method="initial_state")
+    step = jax.jit(partial(model.apply, method="step"), compiler_options=QUICK)
     for time, finite in ((8, True), (9, False)):
-        out, _ = model.apply(own, jnp.zeros(2, jnp.int32), (memory, convolved, jnp.full(2, time)), method="step")
+        out, _ = step(own, jnp.zeros(2, jnp.int32), (memory, convolved, jnp.full(2, time)))
         assert np.isfinite(out).all() == finite
 
 
