@@ -58,21 +58,25 @@ class Task:
         return jnp.argmax(predictions, axis=-1) == targets
 
 
-def associative_recall(key: jax.Array, batch: int, *, length: int, pairs: int, words: int) -> Batch:
+def associative_recall(key: jax.Array, batch: int, *, length: int, pairs: int, renewed: int, words: int) -> Batch:
     """Multi-query associative recall: pairs of key and value, then every key again in random order at random places.
 
+    Ours beside the paper's: after the pairs, `renewed` of the keys come again with new values, and the last one counts.
     `words` keys are tokens 1 to words, values follow them, 0 is blank. The answer is due at the key.
     """
+    count = pairs + renewed
 
     def row(key: jax.Array) -> Batch:
-        of_keys, of_values, of_order, of_places = jax.random.split(key, 4)
+        of_keys, of_renewed, of_values, of_order, of_places = jax.random.split(key, 5)
         keys = 1 + jax.random.permutation(of_keys, words)[:pairs]
-        values = 1 + words + jax.random.randint(of_values, (pairs,), 0, words)
+        said = jnp.concatenate([keys, jax.random.permutation(of_renewed, keys)[:renewed]])
+        values = 1 + words + jax.random.randint(of_values, (count,), 0, words)
+        last = jnp.argmax(jnp.where(said == keys[:, None], 1 + jnp.arange(count), 0), axis=1)
         order = jax.random.permutation(of_order, pairs)
-        places = 2 * pairs + jnp.sort(jax.random.permutation(of_places, length - 2 * pairs)[:pairs])
-        head = jnp.stack([keys, values], axis=-1).reshape(-1)
-        inputs = jnp.zeros(length, jnp.int32).at[: 2 * pairs].set(head).at[places].set(keys[order])
-        targets = jnp.zeros(length, jnp.int32).at[places].set(values[order])
+        places = 2 * count + jnp.sort(jax.random.permutation(of_places, length - 2 * count)[:pairs])
+        head = jnp.stack([said, values], axis=-1).reshape(-1)
+        inputs = jnp.zeros(length, jnp.int32).at[: 2 * count].set(head).at[places].set(keys[order])
+        targets = jnp.zeros(length, jnp.int32).at[places].set(values[last][order])
         return inputs, targets, jnp.zeros(length).at[places].set(1.0)
 
     return jax.vmap(row)(jax.random.split(key, batch))
@@ -131,12 +135,12 @@ def tasks(share: float = 1.0) -> dict[str, Task]:
     def steps(count: int) -> int:
         return max(1, round(share * count))
 
-    recall: Any = partial(associative_recall, length=64, pairs=16, words=256)
+    recall: Any = partial(associative_recall, length=64, pairs=12, renewed=4, words=64)
     flips: Any = {p: partial(flip_flop, length=128, ignore=p) for p in (0.8, 0.98, 0.1)}
     copied: Any = partial(selective_copy, length=64, words=14, count=6)
     return {
         "recall": Task(
-            "recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(500), 1e-2, {"vocabulary": 513}, recall
+            "recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(400), 3e-3, {"vocabulary": 129}, recall
         ),
         "flip_flop": Task(
             "flip_flop",

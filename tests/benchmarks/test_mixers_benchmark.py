@@ -21,17 +21,16 @@ def drawn(name: str, other: str | None = None) -> tuple[np.ndarray, np.ndarray, 
     return inputs, targets, weights
 
 
-def test_recall_asks_for_the_value_of_every_key():
+def test_recall_asks_for_the_last_value_of_every_key():
     inputs, targets, weights = drawn("recall")
-    pairs = int(weights[0].sum())
     for row, target, weight in zip(inputs, targets, weights, strict=True):
-        said = dict(zip(row[0 : 2 * pairs : 2].tolist(), row[1 : 2 * pairs : 2].tolist(), strict=True))
-        assert len(said) == pairs
         asked = np.flatnonzero(weight)
-        assert asked.min() >= 2 * pairs
-        assert sorted(row[asked]) == sorted(said)
-        assert [said[key] for key in row[asked].tolist()] == target[asked].tolist()
-        assert not row[2 * pairs :][weight[2 * pairs :] == 0].any()
+        said = row[: np.flatnonzero(row[: asked[0]])[-1] + 1]
+        values = dict(zip(said[0::2].tolist(), said[1::2].tolist(), strict=True))
+        assert len(values) < len(said) / 2  # some keys come again, with another value
+        assert sorted(row[asked]) == sorted(values)
+        assert [values[key] for key in row[asked].tolist()] == target[asked].tolist()
+        assert not row[len(said) :][weight[len(said) :] == 0].any()
 
 
 @pytest.mark.parametrize(("other", "ignored"), [(None, 0.8), ("sparse", 0.98), ("dense", 0.1)])
@@ -96,7 +95,7 @@ def test_the_delta_rule_recalls_what_adding_up_confuses():
     recall = tasks()["recall"]
     accuracy = {name: mixers.trained(name, recall, seed=0).accuracy for name in ("deltanet", "linear")}
     assert accuracy["deltanet"] > 0.97
-    assert accuracy["linear"] < accuracy["deltanet"] - 0.03
+    assert accuracy["linear"] < 0.9
 
 
 def test_a_mixer_that_does_not_take_part_is_named(capsys):
