@@ -21,7 +21,6 @@ Batch = tuple[jax.Array, jax.Array, jax.Array]
 class Task:
     """A task: its data, the model's ends, how long to train, what else to test on.
 
-    rate    largest learning rate
     ends    vocabulary or features and outputs of the sequence model
     draw    (key, batch size) → batch
     others  name → draw of another distribution that is only tested
@@ -32,7 +31,6 @@ class Task:
     length: int
     batch: int
     steps: int
-    rate: float
     ends: dict[str, Any]
     draw: Callable[[jax.Array, int], Batch]
     others: dict[str, Callable[[jax.Array, int], Batch]] = field(default_factory=dict)
@@ -139,22 +137,19 @@ def tasks(share: float = 1.0) -> dict[str, Task]:
     flips: Any = {p: partial(flip_flop, length=128, ignore=p) for p in (0.8, 0.98, 0.1)}
     copied: Any = partial(selective_copy, length=64, words=14, count=6)
     return {
-        "recall": Task(
-            "recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(400), 3e-3, {"vocabulary": 129}, recall
-        ),
+        "recall": Task("recall", "MQAR, Arora et al. 2312.04927", 64, 32, steps(400), {"vocabulary": 129}, recall),
         "flip_flop": Task(
             "flip_flop",
             "flip-flop language, Liu et al. 2306.00946",
             128,
             16,
             steps(120),
-            3e-3,
             {"vocabulary": 5},
             flips[0.8],
             {"sparse": flips[0.98], "dense": flips[0.1]},
         ),
         "copy": Task(
-            "copy", "selective copying, Gu and Dao 2312.00752", 64, 32, steps(240), 3e-3, {"vocabulary": 16}, copied
+            "copy", "selective copying, Gu and Dao 2312.00752", 64, 32, steps(240), {"vocabulary": 16}, copied
         ),
         "adding": Task(
             "adding",
@@ -162,7 +157,6 @@ def tasks(share: float = 1.0) -> dict[str, Task]:
             256,
             8,
             steps(160),
-            3e-3,
             {"features": 2, "outputs": 1},
             partial(adding, length=256),
         ),

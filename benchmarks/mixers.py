@@ -4,8 +4,8 @@
     python benchmarks/mixers.py --mixers softmax kda --tasks recall --share 0.5
 
 Every model is a convolution of width 4 (so that a token knows its neighbours whatever the mixer), two blocks of the
-mixer and an MLP that is as wide as gives all blocks the same number of parameters, and a read-out. One learning rate a
-task. Speeds are of training steps without compilation, beside those of softmax attention on the same task in one
+mixer and an MLP that is as wide as gives all blocks the same number of parameters, and a read-out. One learning rate
+for all. Speeds are of training steps without compilation, beside those of softmax attention on the same task in one
 run. A model whose loss is not finite shows no speed.
 """
 
@@ -40,6 +40,7 @@ from zoo.terminal import parse
 DIM, LAYERS = 64, 2
 BLOCK = 12 * DIM**2
 """Parameters of a block: square projections of queries, keys, values and outputs, and an MLP four times as wide."""
+LEARNING_RATE = 3e-3
 STEPS_A_CALL = 20
 TEST_BATCHES = 8
 """Of four times the training batch."""
@@ -186,7 +187,9 @@ def trained(mixer: str, task: Task, seed: int) -> Row:
     made = model(mixer, task)
     calls = max(1, task.steps // STEPS_A_CALL)
     steps = min(task.steps, STEPS_A_CALL)
-    rate = optax.warmup_cosine_decay_schedule(0.0, task.rate, calls * steps // 10, calls * steps, task.rate / 10)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, LEARNING_RATE, calls * steps // 10, calls * steps, LEARNING_RATE / 10
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
 
     def loss(params: Any, others: Any, batch: Batch) -> tuple[jax.Array, Any]:
