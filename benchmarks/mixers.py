@@ -1,6 +1,6 @@
 """What each causal mixer can remember: four tasks, equal sizes, equal steps.
 
-    python benchmarks/mixers.py                                  # all mixers and tasks, under an hour on two CPU cores
+    python benchmarks/mixers.py                                  # all mixers and tasks, over an hour of one CPU core
     python benchmarks/mixers.py --mixers softmax kda --tasks recall --share 0.5
 
 Every model is a convolution of width 4 (so that a token knows its neighbours whatever the mixer), two blocks of the
