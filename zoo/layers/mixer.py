@@ -80,7 +80,8 @@ class Mixer(nn.Module):
 
     def __post_init__(self) -> None:
         if self.causal not in self.ways:
-            raise ZooError(f"{type(self).__name__}: causal: got {self.causal}, wanted {self.ways[0]}, its only way")
+            wanted = " or ".join(map(str, self.ways))
+            raise ZooError(f"{type(self).__name__}: causal: got {self.causal}, wanted {wanted}")
         super().__post_init__()
 
     def __call__(
