@@ -490,7 +490,6 @@ def test_every_mixer_has_a_case():
             r"no mixer is called 'gated_delta'; the nearest name is 'gated_deltanet'",
         ),
         (lambda: create_mixer("gla", 32, causal=False), r"GLA: causal: got False, wanted True$"),
-        (lambda: create_mixer("softmax", 32, causal=3), r"Softmax: causal: got 3, wanted True or False$"),
         (lambda: create_mixer("linear", 32, head=2), r"mixer 'linear' has no option 'head'; the nearest is 'heads'"),
     ],
 )
