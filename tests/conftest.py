@@ -12,7 +12,8 @@ from zoo.data.fetch import fetch
 
 # Shapes and dtypes in signatures are checked in tests, and only there. Before the modules are first imported.
 install_import_hook(
-    ["zoo.attention", "zoo.encoders", "zoo.layers", "zoo.objectives", "zoo.state_space"], "beartype.beartype"
+    ["zoo.attention", "zoo.encoders", "zoo.layers", "zoo.objectives", "zoo.state_space", "zoo.tokenizers"],
+    "beartype.beartype",
 )
 
 # Before anything uses JAX: tests of sharding want several devices, and the CPU can pretend to be them.

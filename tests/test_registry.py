@@ -11,7 +11,7 @@ import pytest
 import zoo
 from zoo.errors import ZooError
 from zoo.registry import entry, parameter_count, register
-from zoo.types import Encoded
+from zoo.types import Encoded, Tokenized
 
 
 @pytest.mark.parametrize("name", zoo.list_models())
@@ -19,13 +19,18 @@ def test_every_variant_takes_its_example_and_has_the_parameters_of_its_card(name
     card = entry(name).card
     model = zoo.create(name)
     given = model.example()
-    variables = jax.eval_shape(model.init, jax.random.key(0), *given)
+    keys = {"params": jax.random.key(0), "codes": jax.random.key(1)}
+    variables = jax.eval_shape(model.init, keys, *given)
     out = jax.eval_shape(model.apply, variables, *given)
     if isinstance(out, Encoded):
         batch, tokens, features = out.tokens.shape
         assert out.pooled.shape == (batch, features)
         assert out.valid.shape == (batch, tokens)
         assert batch == given[0].shape[0]
+    elif isinstance(out, Tokenized):
+        rows, frames = model.grid(*given[0].shape[1:])
+        assert out.codes.shape == (len(given[0]), rows * frames, len(model.code_sizes))
+        assert out.reconstruction.shape == given[0].shape
     else:
         assert out.shape == (*given[0].shape, model.vocabulary)
     assert parameter_count(model) == card.parameters

@@ -14,7 +14,7 @@ import flax.linen as nn
 from zoo.errors import ZooError
 from zoo.types import Variables
 
-MODULES = ("zoo.encoders.labram", "zoo.encoders.sequence")
+MODULES = ("zoo.encoders.labram", "zoo.encoders.sequence", "zoo.tokenizers.fixed")
 """Model files. Each registers its variants when it is imported."""
 
 
@@ -96,7 +96,7 @@ def parameter_count(encoder: nn.Module) -> int:
 
     example = encoder.example()
     variables = jax.eval_shape(encoder.init, jax.random.key(0), *example)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))
 
 
 def _import_models() -> None:

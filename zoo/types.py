@@ -50,6 +50,24 @@ class Encoded:
     valid: Array
 
 
+@flax.struct.dataclass
+class Tokenized:
+    """What a tokenizer returns.
+
+    codes           [B, N, Q] int32, −1 for a token that is not there
+    quantized       [B, N, D], what its decoder is given
+    reconstruction  [B, C, T], in the units of the signal
+    losses          name → one term of its loss, not weighed
+    valid           [B, N] bool
+    """
+
+    codes: Array
+    quantized: Array
+    reconstruction: Array
+    losses: Mapping[str, Array]
+    valid: Array
+
+
 @runtime_checkable
 class Task(Protocol):
     """What the training loop knows of a model: nothing but these three.

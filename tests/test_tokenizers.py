@@ -1,0 +1,229 @@
+"""The contract of `zoo.tokenizers.tokenizer`, held by every tokenizer: small ones of each, at the shapes they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import zoo
+from zoo.errors import ZooError
+from zoo.sensors import KINDS, NAME_INDEX
+from zoo.types import Sensors
+
+NAMES = ("FP1", "FP2", "F3", "F4", "C3", "C4", "O1", "O2")
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compilation takes longer than these small programs run."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small tokenizer: its registered name and options, what it is given, and what is published of its size.
+
+    channels, samples  of its windows
+    kind               of its channels
+    wrong_windows      samples of windows it must refuse, and what the refusal says
+    """
+
+    name: str
+    channels: int
+    samples: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "eeg"
+    wrong_windows: tuple[tuple[int, str], ...] = ()
+
+
+CASES = (
+    Case("mu_law", 3, 40, {"vocabulary": 16}, wrong_windows=((0, "window of 0 samples"),)),
+    Case("quantile", 3, 40, {"vocabulary": 12}, wrong_windows=((0, "window of 0 samples"),)),
+)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name, scope="module")
+def case(request: Any) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(case: Case) -> tuple[Any, Any, Any]:
+    """The tokenizer, its variables after one step of training (so that codebooks are set), and a batch of two."""
+    tokenizer = zoo.create(case.name, **case.options)
+    signal, sensors = batch(case, 2)
+    keys = {"params": jax.random.key(0), "codes": jax.random.key(1), "noise": jax.random.key(2)}
+    variables = compiled(lambda signal, sensors: tokenizer.init(keys, signal, sensors))(signal, sensors)
+    return tokenizer, {**variables, **step(tokenizer, variables, signal, sensors)[2]}, (signal, sensors)
+
+
+def batch(case: Case, size: int, seed: int = 0) -> tuple[np.ndarray, Sensors]:
+    """Waves of every size in noise, and sensors at places of their own, the last channel of the last example missing."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(case.samples)
+    waves = np.sin(2 * np.pi * (time * rng.uniform(0.005, 0.2, (size, case.channels, 1)) + rng.uniform(size=1)))
+    signal = (waves + 0.3 * rng.normal(size=waves.shape)).astype(np.float32)
+    position = rng.normal(size=(size, case.channels, 3))
+    position *= 0.09 / np.linalg.norm(position, axis=-1, keepdims=True)
+    orientation = position / 0.09 if case.kind in ("mag", "grad") else np.full_like(position, np.nan)
+    valid = np.ones((size, case.channels), bool)
+    valid[-1, -1] = case.channels == 1
+    name = [NAME_INDEX[each] if case.kind == "eeg" else -1 for each in NAMES[: case.channels]]
+    sensors = Sensors(
+        position=position.astype(np.float32),
+        orientation=orientation.astype(np.float32),
+        kind=np.full((size, case.channels), KINDS.index(case.kind), np.int32),
+        name=np.broadcast_to(np.array(name, np.int32), (size, case.channels)),
+        valid=valid,
+    )
+    return signal, sensors
+
+
+def compiled(function: Any) -> Any:
+    return lambda *arguments: jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
+
+
+def step(tokenizer: Any, variables: Any, signal: Any, sensors: Any) -> tuple[Any, Any, Any]:
+    """(loss, gradients of the parameters, new collections) of a training step."""
+    collections = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params: Any, collections: Any, signal: Any, sensors: Any) -> Any:
+        out, new = tokenizer.apply(
+            {"params": params, **collections},
+            signal,
+            sensors,
+            train=True,
+            mutable=list(collections),
+            rngs={name: jax.random.key(7) for name in ("codes", "dropout", "noise")},
+        )
+        assert set(out.losses) == set(tokenizer.loss_weights)
+        return sum(weight * out.losses[name] for name, weight in tokenizer.loss_weights.items()), new
+
+    gradient = compiled(jax.value_and_grad(loss, has_aux=True))
+    (value, new), grads = gradient(variables.get("params", {}), collections, signal, sensors)
+    return value, grads, new
+
+
+def apply(tokenizer: Any, variables: Any, *arguments: Any, method: str = "__call__") -> Any:
+    return compiled(lambda variables, *given: tokenizer.apply(variables, *given, method=method))(variables, *arguments)
+
+
+def test_codes_lie_on_the_grid_within_their_books(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    out = apply(tokenizer, variables, signal, sensors)
+    rows, frames = tokenizer.grid(case.channels, case.samples)
+    codes = np.asarray(out.codes)
+    assert codes.shape == (2, rows * frames, len(tokenizer.code_sizes)) and codes.dtype == np.int32
+    assert out.valid.shape == codes.shape[:2] and out.quantized.shape[:2] == codes.shape[:2]
+    tokenizer.check_codes(codes, case.channels)
+    np.testing.assert_array_equal((codes >= 0).all(-1), out.valid)
+    np.testing.assert_array_equal((codes >= 0).any(-1), out.valid)
+    if tokenizer.CHANNEL_ROWS:
+        np.testing.assert_array_equal(out.valid, np.repeat(sensors.valid, frames, axis=1))
+
+
+def test_encode_and_decode_are_the_halves_of_the_call(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    out = apply(tokenizer, variables, signal, sensors)
+    np.testing.assert_array_equal(apply(tokenizer, variables, signal, sensors, method="encode"), out.codes)
+    scale = tokenizer.scale(signal, sensors)
+    decoded = apply(tokenizer, variables, out.codes, sensors, scale, method="decode")
+    np.testing.assert_allclose(decoded, out.reconstruction, rtol=1e-4, atol=1e-4)
+    assert decoded.shape == signal.shape
+    assert not np.asarray(decoded)[~sensors.valid].any()
+
+
+def test_codes_do_not_depend_on_the_batch(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    whole = apply(tokenizer, variables, signal, sensors, method="encode")
+    for row in range(2):
+        alone = apply(tokenizer, variables, signal[row : row + 1], take(sensors, row), method="encode")
+        np.testing.assert_array_equal(alone[0], whole[row])
+
+
+def test_what_is_missing_is_not_read(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    spoiled = np.where(sensors.valid[:, :, None], signal, 1e4).astype(np.float32)
+    a, b = (apply(tokenizer, variables, given, sensors) for given in (signal, spoiled))
+    np.testing.assert_array_equal(a.codes, b.codes)
+    for name in a.losses:
+        np.testing.assert_allclose(a.losses[name], b.losses[name], rtol=1e-5)
+
+
+def test_channels_are_alone_where_it_says_so(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    if not tokenizer.SINGLE_CHANNEL:
+        pytest.skip(f"{case.name} reads all channels together")
+    other = signal.copy()
+    other[:, 1:] = np.random.default_rng(5).normal(size=other[:, 1:].shape)
+    _, frames = tokenizer.grid(case.channels, case.samples)
+    a, b = (apply(tokenizer, variables, given, sensors, method="encode")[:, :frames] for given in (signal, other))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_channels_may_come_in_any_order_where_it_says_so(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    if not tokenizer.ORDER_FREE:
+        pytest.skip(f"{case.name} wants its channels in one order")
+    order = np.random.default_rng(3).permutation(case.channels)
+    moved = jax.tree.map(lambda leaf: leaf[:, order], sensors)
+    codes = np.asarray(apply(tokenizer, variables, signal, sensors, method="encode"))
+    after = np.asarray(apply(tokenizer, variables, signal[:, order], moved, method="encode"))
+    if tokenizer.CHANNEL_ROWS:
+        codes = codes.reshape(2, case.channels, -1)[:, order].reshape(codes.shape)
+    np.testing.assert_array_equal(after, codes)
+
+
+def test_every_parameter_learns(case, made):
+    tokenizer, variables, (signal, sensors) = made
+    value, grads, _ = step(tokenizer, variables, signal, sensors)
+    assert np.isfinite(value)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
+    for name, leaf in leaves.items():
+        assert np.isfinite(leaf).all(), name
+        assert np.abs(leaf).max() > 0, name
+
+
+def test_training_on_eight_devices_is_training_on_one(case, made):
+    tokenizer, variables, _ = made
+    signal, sensors = batch(case, 8, seed=1)
+    one = step(tokenizer, variables, signal, sensors)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        eight = step(tokenizer, whole, *jax.device_put((signal, sensors), split))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+        other = dict(jax.tree_util.tree_leaves_with_path(eight))[path]
+        scale = max(np.abs(np.asarray(leaf, np.float32)).max(), 1e-3)
+        np.testing.assert_allclose(
+            np.asarray(other, np.float32), leaf, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def test_what_it_cannot_take_is_refused(case, made):
+    tokenizer, _, (signal, sensors) = made
+    kind = next((each for each in KINDS if each not in tokenizer.TAKES), None)
+    if kind:
+        with pytest.raises(ZooError, match=f"kind '{kind}'"):
+            tokenizer.check_recording(tokenizer.sampling_rate, (kind,), ("",))
+    if tokenizer.sampling_rate:
+        with pytest.raises(ZooError, match=f"got a signal at 77 Hz, wanted {tokenizer.sampling_rate:g} Hz"):
+            tokenizer.check_recording(77.0, (case.kind,), NAMES[:1])
+    for samples, says in case.wrong_windows:
+        with pytest.raises(ZooError, match=says):
+            tokenizer.grid(case.channels, samples)
+    rows, frames = tokenizer.grid(case.channels, case.samples)
+    codes = np.zeros((1, rows * frames, len(tokenizer.code_sizes)), np.int32)
+    tokenizer.check_codes(codes)
+    codes[0, 0, -1] = tokenizer.code_sizes[-1]
+    with pytest.raises(ZooError, match=f"got code {tokenizer.code_sizes[-1]} of codebook"):
+        tokenizer.check_codes(codes)
+    with pytest.raises(ZooError, match="wanted integers"):
+        tokenizer.check_codes(codes[..., 0])
+
+
+def take(sensors: Sensors, row: int) -> Sensors:
+    return jax.tree.map(lambda leaf: leaf[row : row + 1], sensors)

@@ -1,0 +1,18 @@
+"""Quantizers: from vectors to codes of a finite set and back. All have the face of `quantizer.Quantizer`."""
+
+from zoo.layers.quantizers.codebook import VectorQuantizer, kmeans
+from zoo.layers.quantizers.quantizer import COLLECTION, RNG, Quantized, Quantizer, straight_through, unit
+from zoo.layers.quantizers.residual import GroupedQuantizer, ResidualQuantizer
+
+__all__ = [
+    "COLLECTION",
+    "RNG",
+    "GroupedQuantizer",
+    "Quantized",
+    "Quantizer",
+    "ResidualQuantizer",
+    "VectorQuantizer",
+    "kmeans",
+    "straight_through",
+    "unit",
+]
