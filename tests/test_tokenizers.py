@@ -60,7 +60,7 @@ def made(case: Case) -> tuple[Any, Any, Any]:
 
 
 def batch(case: Case, size: int, seed: int = 0) -> tuple[np.ndarray, Sensors]:
-    """Waves of every size in noise, and sensors at places of their own, the last channel of the last example missing."""
+    """Waves in noise, and sensors at places of their own; the last channel of the last example is missing."""
     rng = np.random.default_rng(seed)
     time = np.arange(case.samples)
     waves = np.sin(2 * np.pi * (time * rng.uniform(0.005, 0.2, (size, case.channels, 1)) + rng.uniform(size=1)))
@@ -115,8 +115,9 @@ def test_codes_lie_on_the_grid_within_their_books(case, made):
     out = apply(tokenizer, variables, signal, sensors)
     rows, frames = tokenizer.grid(case.channels, case.samples)
     codes = np.asarray(out.codes)
-    assert codes.shape == (2, rows * frames, len(tokenizer.code_sizes)) and codes.dtype == np.int32
-    assert out.valid.shape == codes.shape[:2] and out.quantized.shape[:2] == codes.shape[:2]
+    assert codes.shape == (2, rows * frames, len(tokenizer.code_sizes))
+    assert codes.dtype == np.int32
+    assert out.valid.shape == out.quantized.shape[:2] == codes.shape[:2]
     tokenizer.check_codes(codes, case.channels)
     np.testing.assert_array_equal((codes >= 0).all(-1), out.valid)
     np.testing.assert_array_equal((codes >= 0).any(-1), out.valid)
@@ -204,7 +205,7 @@ def test_training_on_eight_devices_is_training_on_one(case, made):
 
 
 def test_what_it_cannot_take_is_refused(case, made):
-    tokenizer, _, (signal, sensors) = made
+    tokenizer = made[0]
     kind = next((each for each in KINDS if each not in tokenizer.TAKES), None)
     if kind:
         with pytest.raises(ZooError, match=f"kind '{kind}'"):

@@ -81,7 +81,7 @@ class Tokenizer(nn.Module):
 
     @nn.nowrap
     def scale(self, signal: Float[AnyArray, "B C T"], sensors: Sensors) -> Any:
-        """What must be sent beside the codes to get the signal's units back: a tree of arrays [B, ...]; None: nothing."""
+        """What must be sent beside the codes to get the signal's units back: a tree of arrays [B, ...], or None."""
         return None
 
     @nn.nowrap
