@@ -3,6 +3,7 @@
 from zoo.layers.quantizers.codebook import VectorQuantizer, kmeans
 from zoo.layers.quantizers.quantizer import COLLECTION, RNG, Quantized, Quantizer, straight_through, unit
 from zoo.layers.quantizers.residual import GroupedQuantizer, ResidualQuantizer
+from zoo.layers.quantizers.soft import annealed_one_hot
 
 __all__ = [
     "COLLECTION",
@@ -12,6 +13,7 @@ __all__ = [
     "Quantizer",
     "ResidualQuantizer",
     "VectorQuantizer",
+    "annealed_one_hot",
     "kmeans",
     "straight_through",
     "unit",
