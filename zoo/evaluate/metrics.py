@@ -84,7 +84,7 @@ def scores(
         points.append(_point_scores(*trials))
         draws.append({**_count_scores(weights, *trials[:2], k), "auroc": _auroc(weights, label[rows], trials[2])})
     means = {
-        name: _interval(np.mean([p[name] for p in points]), np.mean([d[name] for d in draws], axis=0))
+        name: percentile_interval(np.mean([p[name] for p in points]), np.mean([d[name] for d in draws], axis=0))
         for name in points[0]
     }
     return Scores(len(label), **means, confusion=_confusion(label, prediction, k))
@@ -115,7 +115,7 @@ def paired_difference(
         difference = a["balanced_accuracy"] - b["balanced_accuracy"]
         points.append(difference[0])
         draws.append(difference[1:])
-    return _interval(np.mean(points), np.mean(draws, axis=0))
+    return percentile_interval(np.mean(points), np.mean(draws, axis=0))
 
 
 def draw_weights(label: np.ndarray, block: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -143,7 +143,8 @@ def _people(label: np.ndarray, subject: np.ndarray | None) -> dict[str, np.ndarr
     return {str(name): np.flatnonzero(subject == name) for name in np.unique(subject)}
 
 
-def _interval(value: np.floating, draws: np.ndarray) -> Interval:
+def percentile_interval(value: np.floating, draws: np.ndarray) -> Interval:
+    """`value` between the ends of the middle 95 % of its bootstrap draws; draws that are NaN do not count."""
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(draws, [tail, 100 - tail])
     return Interval(float(value), float(low), float(high))
