@@ -6,13 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from zoo.errors import ZooError
+from zoo.types import Array
 
 LIKE_TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in ±fan_in^-½: how PyTorch's Linear draws its kernel, and so how papers with code in it do."""
+
+
+def like_torch_bias(inputs: int) -> Any:
+    """Uniform in ±inputs^-½: how PyTorch draws the bias of a Linear or a convolution of so many inputs a sum."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+    return init
 
 
 def partitioned(init: Any, *axes: str | None) -> Any:
@@ -76,6 +87,7 @@ def merge_heads(
     *,
     bias: bool = False,
     init: Any = None,
+    bias_init: Any = nn.initializers.zeros,
     dtype: DTypeLike = jnp.float32,
     name: str | None = None,
 ) -> nn.Einsum:
@@ -85,7 +97,7 @@ def merge_heads(
         "...hk,hkd->...d",
         use_bias=bias,
         kernel_init=partitioned(fan_in((0, 1), (2,)) if init is None else init, "heads", "head_width", "embed"),
-        bias_init=partitioned(nn.initializers.zeros, "embed"),
+        bias_init=partitioned(bias_init, "embed"),
         dtype=dtype,
         name=name,
     )
