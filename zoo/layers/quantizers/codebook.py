@@ -115,6 +115,7 @@ class VectorQuantizer(Quantizer):
         rows = jnp.take(self.codebook(), jnp.maximum(codes[..., 0], 0), axis=0)
         return jnp.where(codes >= 0, rows, 0)
 
+    @nn.nowrap
     def passed(self, x: Float[Array, "*rows D"], value: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return (_rotated if self.estimator == "rotation" else straight_through)(x, value)
 
@@ -148,8 +149,9 @@ class VectorQuantizer(Quantizer):
         codes, usage = lax.cond(
             self.ready.value, lambda _: (lax.stop_gradient(self.codebook()), self.usage.value), first, None
         )
-        self._place(codes, usage, ~self.ready.value)
-        self.ready.value = jnp.asarray(True)
+        some = (weight > 0).any()  # a level that stage dropout left without a vector waits for the next batch
+        self._place(codes, usage, ~self.ready.value & some)
+        self.ready.value |= some
 
     def _update(self, x: Array, codes: Array, valid: Array | None) -> None:
         """Averages over what this batch assigned, then new places for dead codes."""
@@ -167,7 +169,7 @@ class VectorQuantizer(Quantizer):
         if self.restart_below:
             rows, weight = _flat(x, valid)
             drawn = jax.random.choice(self.make_rng(RNG), len(rows), (self.codes,), p=weight)
-            dead = usage < self.restart_below
+            dead = (usage < self.restart_below) & (weight > 0).any()
             usage = jnp.where(dead, self.restart_below, usage)
             codebook = jnp.where(dead[:, None], rows[drawn], lax.stop_gradient(self.codebook()))
             self._place(codebook, usage, dead)
@@ -202,10 +204,13 @@ def kmeans(
         key, draw = jax.random.split(key)
         chosen = jax.random.choice(draw, len(x), (most,), replace=False, p=weight)
         x, weight = x[chosen], weight[chosen]
-    enough = len(x) >= codes
-    means = x[jax.random.choice(key, len(x), (codes,), replace=not enough, p=weight)]
+    first = jax.random.choice(key, len(x), (codes,), p=weight)
+    if len(x) >= codes:
+        different = jax.random.choice(key, len(x), (codes,), replace=False, p=weight)
+        first = jnp.where(weight[different] > 0, different, first)
+    means = x[first]
 
-    def step(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         means = carry[0]
         counts, sums = code_statistics(x, nearest_code(x, means, metric=metric), codes, valid=weight > 0)
         new = sums / jnp.maximum(counts, 1)[:, None]

@@ -52,6 +52,7 @@ class Quantizer(nn.Module):
         """The vectors that codes stand for; 0 where a code is −1."""
         raise NotImplementedError
 
+    @nn.nowrap
     def passed(self, x: Float[Array, "*rows D"], value: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """`value`, with the gradient to x that this quantizer gives it."""
         return straight_through(x, value)
