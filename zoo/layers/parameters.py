@@ -20,7 +20,7 @@ LIKE_TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def like_torch_bias(inputs: int) -> Any:
     """Uniform in ±inputs^-½: how PyTorch draws the bias of a Linear or a convolution of so many inputs a sum."""
 
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
     return init
