@@ -41,6 +41,7 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     Raises ZooError for bad input and `zoo.train.stop.Stopped` when asked to end.
     """
     config = load_config(file, overrides)
+    _check_task(config)
     _start(config)
     import jax
 
@@ -119,12 +120,14 @@ def evaluate(folder: Path) -> None:
 
 
 def load(folder: str | Path, step: int | None = None) -> tuple[nn.Module, Variables]:
-    """The encoder of a run and its trained variables, averaged ones when the run kept them.
+    """The encoder of a run, or its tokenizer, and its trained variables, averaged ones when the run kept them.
 
     folder is a run's (`runs/NAME`); step defaults to the newest checkpoint. Use: `module, variables = load(...)`,
     `module.apply(variables, signal, sensors)`. Raises ZooError when there is no such run or step.
     """
     config, params, collections = trained_parameters(Path(folder), step)
+    if not hasattr(config.task, "encoder"):
+        return config.task.module(), {"params": params, **collections}
     inner = {name: value["encoder"] for name, value in collections.items() if "encoder" in value}
     return config.task.encoder(), {"params": params["encoder"], **inner}
 
@@ -173,10 +176,11 @@ def open_data(config: Config) -> Dataset:
 
         sync_global_devices("data prepared")
     dataset = Dataset.open(data.prepared, cache_bytes=int(data.cache_gigabytes * 1e9))
-    check = getattr(config.task, "check_sensors", None)
-    if check:
-        for montage in dataset.montages:
-            check(montage.canonical)
+    for montage in dataset.montages:
+        if hasattr(config.task, "check_recording"):
+            config.task.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
+        elif hasattr(config.task, "check_sensors"):
+            config.task.check_sensors(montage.canonical)
     return dataset
 
 
@@ -272,6 +276,17 @@ def embed(program: Program, variables: Variables, windows: Windows, place: Batch
     return np.concatenate(parts)[: len(windows.label)].astype(np.float32)
 
 
+def _check_task(config: Config) -> None:
+    """Refuses what only a task with an encoder can be asked for."""
+    if hasattr(config.task, "encoder"):
+        return
+    task = type(config.task).__name__
+    if config.probe.classes:
+        raise ZooError(f"probe.classes: {task} trains no encoder that a probe could read")
+    if config.train.ema:
+        raise ZooError(f"train.ema: {task} has statistics that follow the last parameters, not their average; wanted 0")
+
+
 def _start(config: Config) -> None:
     """Devices, and the cache of compiled programs (`BRAIN_ZOO_CACHE`)."""
     import jax
@@ -361,33 +376,37 @@ def _plot_training(config: Config, plots: Path) -> None:
 def _plot_reconstruction(
     config: Config, program: Program, state: State, dataset: Dataset, place: BatchPlacer, plots: Path
 ) -> None:
-    """One held-out example with its masked patches filled in, for tasks that reconstruct."""
+    """One held-out example rebuilt, its masked patches where there is a mask, for tasks that reconstruct."""
     import jax
 
     from zoo.train.mesh import replicated
     from zoo.train.plots import reconstruction
 
     rebuild = getattr(program.task, "reconstruct", None)
-    if rebuild is None or "mask" not in program.batch:
+    if rebuild is None:
         return
     part = "validation" if "validation" in dataset.splits and len(dataset.splits["validation"]) else "train"
     host = next(make_loader(config, dataset, part, place.rows, channels=0).at(0))
     with jax.set_mesh(program.mesh), program.context():
         compute = jax.jit(
-            lambda variables, batch: (rebuild(variables, batch)[0], batch["signal"][0], batch["mask"][0]),
+            lambda variables, batch: (rebuild(variables, batch)[0], batch["signal"][0], _first_mask(batch)),
             out_shardings=replicated(program.mesh),
         )
         rebuilt, signal, mask = jax.device_get(compute(program.variables(state), place(host)))
     if jax.process_index() == 0:
         recording = dataset.recordings[dataset.recording[host["record"][0]]]
         names = dataset.montages[recording.montage].names
-        count = len(names)
+        valid = np.flatnonzero(host["sensors"].valid[0])
         reconstruction(
-            signal[:count],
-            rebuilt[:count],
-            mask[:count],
+            signal[valid],
+            rebuilt[valid],
+            None if mask is None else mask[valid],
             dataset.rate_hz,
-            names,
+            [names[channel] for channel in valid],
             plots / "reconstruction.png",
             unit="scaled units",
         )
+
+
+def _first_mask(batch: Mapping[str, Any]) -> Any:
+    return batch["mask"][0] if "mask" in batch else None

@@ -67,3 +67,9 @@ def test_reconstruction_refuses_arrays_that_do_not_fit(tmp_path):
     with pytest.raises(ZooError, match="something masked"):
         reconstruction(signal, signal, np.zeros((2, 4), bool), 100, "ab", tmp_path / "out.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_rebuilt_whole_needs_no_mask(tmp_path):
+    original = np.random.default_rng(0).normal(size=(4, 200))
+    reconstruction(original, 0.5 * original, None, 200, "abcd", tmp_path / "whole.png")
+    assert imread(tmp_path / "whole.png").std() > 0.05

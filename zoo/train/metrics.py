@@ -130,6 +130,10 @@ def _line(figures: Mapping[str, float]) -> str:
     shown = [f"loss {figures['loss']:.4f}"]
     if "validation_loss" in figures:
         shown.append(f"validation {figures['validation_loss']:.4f}")
+    if "perplexity" in figures:
+        shown.append(f"perplexity {figures['perplexity']:.4g}")
+    if "live_share" in figures:
+        shown.append(f"live {figures['live_share']:.0%}")
     shown += [
         f"|g| {figures['gradient_norm']:.3g}",
         f"lr {figures['learning_rate']:.2e}",

@@ -62,7 +62,7 @@ def curves(metrics: Path, out: Path) -> None:
 def reconstruction(
     original: np.ndarray,
     rebuilt: np.ndarray,
-    mask: np.ndarray,
+    mask: np.ndarray | None,
     rate_hz: float,
     names: Sequence[str],
     out: Path,
@@ -72,33 +72,36 @@ def reconstruction(
     """Writes original against reconstructed signal as a PNG: time course and power spectrum.
 
     original, rebuilt: [C, T] in `unit`. mask: [C, A] bool, True where a patch of T / A samples was hidden
-    from the model (shaded). names: C channel names. Shown are three channels with masked patches, evenly
-    through the montage; r is the correlation over a channel's masked samples. The spectra reach six decades
-    below the original's peak.
+    from the model (shaded); None where everything was rebuilt. names: C channel names. Shown are three
+    channels with masked patches, evenly through the montage; r is the correlation over a channel's masked
+    samples. The spectra reach six decades below the original's peak.
     """
     from scipy.signal import welch
 
-    hidden = np.repeat(mask, original.shape[-1] // mask.shape[-1], axis=-1)
-    if not original.shape == rebuilt.shape == hidden.shape or not mask.any():
+    shaded = np.ones((len(original), 1), bool) if mask is None else mask
+    hidden = np.repeat(shaded, original.shape[-1] // shaded.shape[-1], axis=-1)
+    if not original.shape == rebuilt.shape == hidden.shape or not hidden.any():
         raise ZooError(
-            f"reconstruction: original {original.shape}, rebuilt {rebuilt.shape}, mask {mask.shape}; wanted "
+            f"reconstruction: original {original.shape}, rebuilt {rebuilt.shape}, mask {shaded.shape}; wanted "
             "[C, T], [C, T] and [C, A] with A a divisor of T and something masked"
         )
-    candidates = np.flatnonzero(mask.any(1))
+    candidates = np.flatnonzero(shaded.any(1))
     shown = candidates[np.linspace(0, len(candidates) - 1, min(SHOWN_CHANNELS, len(candidates)), dtype=int)]
     figure = new_figure(10, 0.9 + 1.7 * len(shown))
     rows = figure.subplots(len(shown), 2, sharex="col", squeeze=False, width_ratios=(3, 1))
     time = np.arange(original.shape[-1]) / rate_hz
     for (course, spectrum), c in zip(rows, shown, strict=True):
         r = np.corrcoef(original[c, hidden[c]], rebuilt[c, hidden[c]])[0, 1]
-        _shade(course, mask[c], len(time) / rate_hz)
+        if mask is not None:
+            _shade(course, mask[c], len(time) / rate_hz)
         for name, signal, colour in (("original", original[c], GREY), ("reconstruction", rebuilt[c], ORANGE)):
             course.plot(time, signal, color=colour, linewidth=1.2, label=name)
             hertz, power = welch(signal, rate_hz, nperseg=len(time))
             spectrum.semilogy(hertz, power, color=colour, linewidth=1.2)
             if name == "original":
                 spectrum.set_ylim(1e-6 * power.max(), 3 * power.max())
-        course.set_title(f"{names[c]}   r = {r:.2f} where masked", loc="left", fontsize="medium")
+        where = "" if mask is None else " where masked"
+        course.set_title(f"{names[c]}   r = {r:.2f}{where}", loc="left", fontsize="medium")
         course.set_ylabel(f"amplitude ({unit})" if unit else "amplitude")
         spectrum.set_ylabel(f"power ({unit}²/Hz)" if unit else "power / Hz")
         course.margins(x=0)
