@@ -14,7 +14,12 @@ import flax.linen as nn
 from zoo.errors import ZooError
 from zoo.types import Variables
 
-MODULES = ("zoo.encoders.labram", "zoo.encoders.sequence", "zoo.tokenizers.fixed")
+MODULES = (
+    "zoo.encoders.codes",
+    "zoo.encoders.labram",
+    "zoo.encoders.sequence",
+    "zoo.tokenizers.fixed",
+)
 """Model files. Each registers its variants when it is imported."""
 
 
