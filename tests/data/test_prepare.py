@@ -24,7 +24,8 @@ from synthetic import PLAIN, make_raw, write_recordings
 from zoo.data import manifests, store
 from zoo.data.prepare import prepare
 from zoo.data.recipes import RECIPES
-from zoo.data.store import Dataset, Event
+from zoo.data.recording import Event
+from zoo.data.store import Dataset
 from zoo.data.windows import event_windows
 from zoo.errors import ZooError
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from zoo.data.store import PADDING
+from zoo.data.recording import PADDING
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:

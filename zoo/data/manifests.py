@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.data.recipes import Recipe
-from zoo.data.store import FORMAT, StoredRecording, file_sha256, write_json, write_shards
+from zoo.data.recording import StoredRecording
+from zoo.data.store import FORMAT, file_sha256, write_json, write_shards
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def prepare_recording(source: Source, files: list[Path], out: Path, recipe: Reci
     except OSError as error:
         return Outcome(source.id, reason=f"{error.filename}: cannot be read: {error.strerror}")
     key = sha256(json.dumps([FORMAT, source.variable, hashes, recipe.to_json()]).encode()).hexdigest()
-    kept = _kept(manifest_file, key, out)
+    kept = kept_manifest(manifest_file, key, out)
     if kept:
         return Outcome(source.id, kept, reused=True)
     try:
@@ -75,23 +76,6 @@ def prepare_recording(source: Source, files: list[Path], out: Path, recipe: Reci
     except ZooError as error:
         return Outcome(source.id, reason=str(error), fatal=True)
     return Outcome(source.id, manifest)
-
-
-def _kept(manifest_file: Path, key: str, out: Path) -> dict[str, Any] | None:
-    """The manifest of an earlier run, when it was made of the same input and its shards are there."""
-    if not manifest_file.exists():
-        return None
-    try:
-        manifest = json.loads(manifest_file.read_text())
-    except ValueError:  # a power cut can leave an empty file behind
-        return None
-    if manifest["key"] != key:
-        return None
-    for shard in manifest["shards"]:
-        file = out / shard["file"]
-        if not file.exists() or file_sha256(file) != shard["sha256"]:
-            return None
-    return manifest
 
 
 def _write(source: Source, out: Path, processed: Processed, cuts: list[tuple[int, int, int]]) -> dict[str, Any]:
@@ -124,6 +108,45 @@ def _write(source: Source, out: Path, processed: Processed, cuts: list[tuple[int
         "shards": [asdict(shard) for shard in shards],
         "records": {"start": start, "length": length, "label": label, "crc": crc},
     }
+
+
+def index_of(manifests: Sequence[Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
+    """One row per record: recordings in order, and by time within each.
+
+    A manifest tells of one recording: its "shards", and its "records" as columns start, length, label, crc and, where
+    it is known by then, split; else split is −1.
+    """
+    columns: dict[str, list[int]] = {name: [] for name in ("recording", "shard", "position")}
+    shards = 0
+    for number, manifest in enumerate(manifests):
+        columns["recording"] += [number] * len(manifest["records"]["start"])
+        for shard in manifest["shards"]:
+            columns["shard"] += [shards] * shard["records"]
+            columns["position"] += range(shard["records"])
+            shards += 1
+    for name in manifests[0]["records"]:
+        columns[name] = [value for manifest in manifests for value in manifest["records"][name]]
+    index: dict[str, npt.NDArray[Any]] = {
+        name: np.array(values, np.uint32 if name == "crc" else np.int64) for name, values in columns.items()
+    }
+    return {"split": np.full(len(index["start"]), -1, np.int64), **index}
+
+
+def kept_manifest(file: Path, key: str, out: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier run, when it was made of the same input and its shards are there."""
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError:  # a power cut can leave an empty file behind
+        return None
+    if manifest["key"] != key:
+        return None
+    for shard in manifest["shards"]:
+        written = out / shard["file"]
+        if not written.exists() or file_sha256(written) != shard["sha256"]:
+            return None
+    return manifest
 
 
 def source_files(sources: Sequence[Source]) -> dict[str, list[Path]]:

@@ -11,24 +11,20 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
-from zoo.data.manifests import Outcome, prepare_recording, source_files
+from zoo.data.manifests import Outcome, index_of, prepare_recording, source_files
 from zoo.data.recipes import Recipe
 from zoo.data.splits import FRACTIONS, SPLITS
 from zoo.data.store import (
     FORMAT,
     Dataset,
-    read_dataset_json,
-    write_file,
-    write_json,
+    claim,
+    write_records,
 )
 from zoo.errors import ZooError
 
@@ -116,7 +112,7 @@ def prepare(
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ZooError(f"{source}: two recordings are called {twice!r}")
-    _claim(out, recipe)
+    claim(out, "recipe.json", recipe.to_json(), "zoo prepare", "prepared with another recipe")
     console = Console()
     files = source_files(sources)
     wanted = {"split": {"policy": split, "fractions": dict(fractions)}, "sources": _stamps(files)}
@@ -128,28 +124,6 @@ def prepare(
         leftover.unlink()
     outcomes = _run(sources, files, out, recipe, jobs, dask, skip_bad, console)
     return _assemble(out, recipe, outcomes, wanted, console)
-
-
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Makes `out` the folder of this recipe; ZooError when it is another's."""
-    mark = out / "recipe.json"
-    plain = recipe.to_json()
-    if mark.exists():
-        try:
-            before = json.loads(mark.read_text())
-        except ValueError as error:
-            raise ZooError(f"{mark}: not valid JSON: {error}") from error
-        if before != plain:
-            fields = [field for field in plain if before.get(field) != plain[field]]
-            raise ZooError(
-                f"{out}: prepared with another recipe ({before.get('name')!r}; they differ in "
-                f"{', '.join(fields)}); choose another folder"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ZooError(f"{out}: exists and is not a folder of zoo prepare; choose another")
-    for folder in (out / "shards", out / "parts"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(mark, plain)
 
 
 def _stamps(files: Mapping[str, list[Path]]) -> dict[str, dict[str, list[int]]]:
@@ -166,7 +140,7 @@ def _finished(out: Path, wanted: Mapping[str, Any], skip_bad: bool, console: Con
     if not (out / "dataset.json").exists():
         return None
     try:
-        plain = read_dataset_json(out)
+        plain = Dataset.read_json(out)
         Dataset.open(out)
     except ZooError as error:
         _print(console, f"{error}: now")
@@ -292,7 +266,7 @@ def _assemble(
         hours=sum(each["n_samples"] for each in recordings) / next(iter(by_rate)) / 3600,
         bytes=sum(shard["size"] for manifest in manifests for shard in manifest["shards"]),
     )
-    index: dict[str, Any] = _index(manifests)
+    index = index_of(manifests)
     plain: dict[str, Any] = {
         "format": FORMAT,
         "recipe": recipe.to_json(),
@@ -310,11 +284,7 @@ def _assemble(
         "shards": [shard for manifest in manifests for shard in manifest["shards"]],
     }
     summary = _assign_split(out, plain, index)
-    packed = BytesIO()
-    np.savez(packed, **index)
-    plain["index_sha256"] = sha256(packed.getvalue()).hexdigest()
-    write_file(out / "index.npz", packed.getvalue())
-    write_json(out / "dataset.json", plain)
+    write_records(out, Dataset.FILE, plain, index)
     _print(console, f"{totals}\n{summary}")
     return totals
 
@@ -329,22 +299,3 @@ def _assign_split(out: Path, plain: dict[str, Any], index: dict[str, npt.NDArray
     sizes = ", ".join(f"{name} {len(records)}" for name, records in split.items())
     outside = int((index["split"] < 0).sum())
     return f"split {wanted['policy']}: {sizes} records, {outside} in none"
-
-
-def _index(manifests: list[dict[str, Any]]) -> dict[str, npt.NDArray[Any]]:
-    """One row per record: recordings in order, and by time within each."""
-    columns: dict[str, list[int]] = {name: [] for name in ("recording", "shard", "position")}
-    shards = 0
-    for number, manifest in enumerate(manifests):
-        columns["recording"] += [number] * len(manifest["records"]["start"])
-        for shard in manifest["shards"]:
-            columns["shard"] += [shards] * shard["records"]
-            columns["position"] += range(shard["records"])
-            shards += 1
-    for name in ("start", "length", "label", "crc"):
-        columns[name] = [value for manifest in manifests for value in manifest["records"][name]]
-    index: dict[str, npt.NDArray[Any]] = {
-        name: np.array(values, np.uint32 if name == "crc" else np.int64) for name, values in columns.items()
-    }
-    index["split"] = np.full(len(index["start"]), -1, np.int64)
-    return index

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.data.recipes import Recipe
-from zoo.data.store import Event, Montage
+from zoo.data.recording import Event, Montage
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:

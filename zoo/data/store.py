@@ -13,17 +13,18 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from zoo.data.recording import PADDING, Montage, StoredRecording
 from zoo.errors import ZooError
 from zoo.sensors import KINDS, NAME_INDEX
 
@@ -33,117 +34,32 @@ OPEN_SHARDS = 256
 """Shards a dataset keeps open; a big one has more files than a process may open."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened: onset and duration in samples of the prepared signal."""
+class Records:
+    """Records of recordings in shards, with the index that says what they are: a folder of files.
 
-    onset: int
-    duration: int
-    label: str
-
-
-@dataclass(frozen=True)
-class Montage:
-    """The channels of a recording.
-
-    names        as in the file
-    canonical    entries of `zoo.sensors.NAMES`, "" where a channel has none
-    kinds        entries of `zoo.sensors.KINDS`
-    position     [C, 3] float32, metres, head coordinates; NaN when unknown
-    orientation  [C, 3] float32, unit vector of the sensor's axis; NaN where the kind has none
-    """
-
-    names: tuple[str, ...]
-    canonical: tuple[str, ...]
-    kinds: tuple[str, ...]
-    position: npt.NDArray[np.float32]
-    orientation: npt.NDArray[np.float32]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; unknown positions are null, since JSON has no NaN."""
-        return {
-            "names": list(self.names),
-            "canonical": list(self.canonical),
-            "kinds": list(self.kinds),
-            "position": _vectors_to_json(self.position),
-            "orientation": _vectors_to_json(self.orientation),
-        }
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Montage:
-        return cls(
-            names=tuple(plain["names"]),
-            canonical=tuple(plain["canonical"]),
-            kinds=tuple(plain["kinds"]),
-            position=_vectors_from_json(plain["position"]),
-            orientation=_vectors_from_json(plain["orientation"]),
-        )
-
-
-@dataclass(frozen=True)
-class StoredRecording:
-    """One recording; `montage` is an index into `Dataset.montages`, `n_samples` the whole length."""
-
-    id: str
-    subject: str
-    session: str
-    run: str
-    task: str
-    montage: int
-    n_samples: int
-    bads: tuple[str, ...]
-    events: tuple[Event, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        plain = {field: getattr(self, field) for field in ("id", "subject", "session", "run", "task")}
-        events = [[event.onset, event.duration, event.label] for event in self.events]
-        return plain | {
-            "montage": self.montage,
-            "n_samples": self.n_samples,
-            "bads": list(self.bads),
-            "events": events,
-        }
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> StoredRecording:
-        events = tuple(Event(*event) for event in plain["events"])
-        return cls(**{**plain, "bads": tuple(plain["bads"]), "events": events})
-
-
-def _vectors_to_json(vectors: npt.NDArray[np.float32]) -> list[list[float] | None]:
-    return [None if np.isnan(vector).any() else [float(x) for x in vector] for vector in vectors]
-
-
-def _vectors_from_json(plain: Sequence[list[float] | None]) -> npt.NDArray[np.float32]:
-    unknown = [np.nan] * 3
-    return np.array([unknown if vector is None else vector for vector in plain], np.float32).reshape(-1, 3)
-
-
-PADDING: Mapping[str, Any] = {"position": np.nan, "orientation": np.nan, "kind": 0, "name": -1, "valid": False}
-"""Fields of `zoo.types.Sensors` for a channel that is not there."""
-
-
-class Dataset:
-    """A prepared dataset, opened for reading; safe to share between threads and to pickle.
+    FILE     JSON that makes the folder a finished one
+    MAKER    command that writes it
 
     path        the folder
-    rate_hz     sampling rate of every record
-    recipe      the recipe it was prepared with, as plain values
+    rate_hz     sampling rate of the recordings
+    recipe      the recipe they were prepared with, as plain values
     recordings  one `StoredRecording` each
     montages    the different sets of channels among them
-    classes     label names of a dataset of event windows, empty for a continuous one
+    classes     label names of event windows, empty for what is continuous
     splits      the default split: name -> record indices
     n_channels  most channels of any recording
     recording, start, length, label
                 [records] int64 arrays: recording index, first sample in it, samples, index into `classes`
                 or −1
+
+    Safe to share between threads and to pickle.
     """
 
-    def __init__(
-        self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]], cache_bytes: int = 0
-    ) -> None:
+    FILE: ClassVar[str]
+    MAKER: ClassVar[str]
+
+    def __init__(self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:
         self.path = path
-        self._cache_bytes = cache_bytes
         self.rate_hz = float(plain["rate_hz"])
         self.recipe: dict[str, Any] = plain["recipe"]
         self.classes: tuple[str, ...] = tuple(plain["classes"])
@@ -158,47 +74,42 @@ class Dataset:
         }
         self._shards: tuple[str, ...] = tuple(shard["file"] for shard in plain["shards"])
         self._shard, self._position, self._crc = index["shard"], index["position"], index["crc"]
-        self._dtype = np.dtype(self.recipe["dtype"])
         # Records come recording by recording, and by start within one: a slice of the index each.
         self._first = np.searchsorted(self.recording, np.arange(len(self.recordings) + 1))
         self._forget_what_is_open()
 
     @classmethod
-    def open(cls, path: str | Path, cache_bytes: int = 0) -> Dataset:
-        """The dataset in folder `path`; ZooError when it is missing, unfinished or damaged.
+    def read_json(cls, path: Path) -> dict[str, Any]:
+        """`FILE` of a finished folder; ZooError when there is none or it is of another format."""
+        file = path / cls.FILE
+        if not path.is_dir():
+            raise ZooError(f"{path}: no such folder; wanted a dataset made by {cls.MAKER}")
+        if not file.exists():
+            raise ZooError(f"{path}: no {cls.FILE} in it: not a dataset, or {cls.MAKER} has not finished")
+        try:
+            plain = json.loads(_read_bytes(file))
+        except ValueError as error:
+            raise ZooError(f"{file}: not valid JSON: {error}") from error
+        if plain.get("format") != FORMAT:
+            raise ZooError(f"{file}: format {plain.get('format')}, wanted {FORMAT}; run {cls.MAKER} again")
+        return plain
 
-        The records read last are kept in memory, up to `cache_bytes`: training cuts each several times an epoch.
-        """
-        path = Path(path)
-        plain = read_dataset_json(path)
+    @classmethod
+    def read_index(cls, path: Path, plain: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+        """`index.npz`, after its checksum and the sizes of the shards."""
         packed = _read_bytes(path / "index.npz")
         if sha256(packed).hexdigest() != plain["index_sha256"]:
-            raise ZooError(f"{path / 'index.npz'}: its checksum is not the one in dataset.json; run zoo prepare again")
-        with np.load(BytesIO(packed)) as index:
-            arrays = dict(index)
+            raise ZooError(f"{path / 'index.npz'}: its checksum is not the one in {cls.FILE}; run {cls.MAKER} again")
         for shard in plain["shards"]:
-            _check_size(path / shard["file"], shard["size"])
-        return cls(path, plain, arrays, cache_bytes)
+            _check_size(path / shard["file"], shard["size"], cls.MAKER)
+        with np.load(BytesIO(packed)) as index:
+            return dict(index)
 
     def __len__(self) -> int:
         return len(self.recording)
 
-    def __getitem__(self, i: int) -> npt.NDArray[np.float32]:
-        """Record i, [C, T] float32, to be read only; ZooError naming the shard when its checksum does not match."""
-        with self._lock:
-            if i in self._cache:
-                self._cache.move_to_end(i)
-                return self._cache[i]
-        signal = self._read(i)
-        if signal.nbytes <= self._cache_bytes:
-            with self._lock:
-                self._cache[i] = signal
-                # Records are about equal in size, so counting them is counting bytes.
-                while len(self._cache) * signal.nbytes > self._cache_bytes:
-                    self._cache.popitem(last=False)
-        return signal
-
-    def _read(self, i: int) -> npt.NDArray[np.float32]:
+    def packed(self, i: int) -> bytes:
+        """Record i as it is stored; ZooError naming the shard when its checksum does not match."""
         shard = self.path / self._shards[self._shard[i]]
         try:
             packed = self._open(shard).read([int(self._position[i])])[0]
@@ -207,34 +118,9 @@ class Dataset:
         if zlib.crc32(packed) != self._crc[i]:
             raise ZooError(
                 f"{shard}: record {self._position[i]} is damaged: its checksum is not the one in the index; "
-                "delete the file and run zoo prepare again"
+                f"delete the file and run {self.MAKER} again"
             )
-        signal = np.frombuffer(packed, self._dtype).reshape(-1, self.length[i])
-        return signal.astype(np.float32, copy=False)
-
-    def read(self, recording: int, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Samples start … stop of a recording, [C, stop − start] float32, stitched from its records.
-
-        ZooError when a part of it is not stored: beyond the ends, between event windows, or in a rejected
-        record.
-        """
-        first, last = self._first[recording], self._first[recording + 1]
-        starts = self.start[first:last]
-        signal: npt.NDArray[np.float32] | None = None
-        at = start
-        while at < stop or signal is None:
-            i = first + np.searchsorted(starts, at, side="right") - 1
-            if i < first or at >= self.start[i] + self.length[i]:
-                raise ZooError(
-                    f"{self.path}: samples {start} to {stop} of {self.recordings[recording].id} are not all "
-                    f"stored ({at} is not; the recording has {self.recordings[recording].n_samples})"
-                )
-            record = self[i][:, at - self.start[i] : stop - self.start[i]]
-            if signal is None:
-                signal = np.empty((len(record), stop - start), np.float32)
-            signal[:, at - start : at - start + record.shape[1]] = record
-            at += record.shape[1]
-        return signal
+        return packed
 
     def sensors(self, recording: int) -> dict[str, npt.NDArray[Any]]:
         """The fields of `zoo.types.Sensors` for one recording, without the batch axis."""
@@ -289,7 +175,6 @@ class Dataset:
     def _forget_what_is_open(self) -> None:
         self._lock = threading.Lock()
         self._readers: OrderedDict[Path, Any] = OrderedDict()
-        self._cache: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {field: value for field, value in self.__dict__.items() if field not in ("_lock", "_readers", "_cache")}
@@ -299,20 +184,71 @@ class Dataset:
         self._forget_what_is_open()
 
 
-def read_dataset_json(path: Path) -> dict[str, Any]:
-    """`dataset.json` of a finished dataset; ZooError when there is none or it is of another format."""
-    file = path / "dataset.json"
-    if not path.is_dir():
-        raise ZooError(f"{path}: no such folder; wanted a dataset made by zoo prepare")
-    if not file.exists():
-        raise ZooError(f"{path}: no dataset.json in it: not a dataset, or zoo prepare has not finished")
-    try:
-        plain = json.loads(_read_bytes(file))
-    except ValueError as error:
-        raise ZooError(f"{file}: not valid JSON: {error}") from error
-    if plain.get("format") != FORMAT:
-        raise ZooError(f"{file}: format {plain.get('format')}, wanted {FORMAT}; run zoo prepare again")
-    return plain
+class Dataset(Records):
+    """A prepared dataset, opened for reading."""
+
+    FILE = "dataset.json"
+    MAKER = "zoo prepare"
+
+    def __init__(
+        self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]], cache_bytes: int = 0
+    ) -> None:
+        super().__init__(path, plain, index)
+        self._cache_bytes = cache_bytes
+        self._dtype = np.dtype(self.recipe["dtype"])
+
+    @classmethod
+    def open(cls, path: str | Path, cache_bytes: int = 0) -> Dataset:
+        """The dataset in folder `path`; ZooError when it is missing, unfinished or damaged.
+
+        The records read last are kept in memory, up to `cache_bytes`: training cuts each several times an epoch.
+        """
+        path = Path(path)
+        plain = cls.read_json(path)
+        return cls(path, plain, cls.read_index(path, plain), cache_bytes)
+
+    def __getitem__(self, i: int) -> npt.NDArray[np.float32]:
+        """Record i, [C, T] float32, to be read only; ZooError naming the shard when its checksum does not match."""
+        with self._lock:
+            if i in self._cache:
+                self._cache.move_to_end(i)
+                return self._cache[i]
+        signal = np.frombuffer(self.packed(i), self._dtype).reshape(-1, self.length[i]).astype(np.float32, copy=False)
+        if signal.nbytes <= self._cache_bytes:
+            with self._lock:
+                self._cache[i] = signal
+                # Records are about equal in size, so counting them is counting bytes.
+                while len(self._cache) * signal.nbytes > self._cache_bytes:
+                    self._cache.popitem(last=False)
+        return signal
+
+    def read(self, recording: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Samples start … stop of a recording, [C, stop − start] float32, stitched from its records.
+
+        ZooError when a part of it is not stored: beyond the ends, between event windows, or in a rejected
+        record.
+        """
+        first, last = self._first[recording], self._first[recording + 1]
+        starts = self.start[first:last]
+        signal: npt.NDArray[np.float32] | None = None
+        at = start
+        while at < stop or signal is None:
+            i = first + np.searchsorted(starts, at, side="right") - 1
+            if i < first or at >= self.start[i] + self.length[i]:
+                raise ZooError(
+                    f"{self.path}: samples {start} to {stop} of {self.recordings[recording].id} are not all "
+                    f"stored ({at} is not; the recording has {self.recordings[recording].n_samples})"
+                )
+            record = self[i][:, at - self.start[i] : stop - self.start[i]]
+            if signal is None:
+                signal = np.empty((len(record), stop - start), np.float32)
+            signal[:, at - start : at - start + record.shape[1]] = record
+            at += record.shape[1]
+        return signal
+
+    def _forget_what_is_open(self) -> None:
+        super()._forget_what_is_open()
+        self._cache: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
 
 
 def _read_bytes(file: Path) -> bytes:
@@ -322,11 +258,45 @@ def _read_bytes(file: Path) -> bytes:
         raise ZooError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _check_size(file: Path, size: int) -> None:
+def _check_size(file: Path, size: int, maker: str) -> None:
     if not file.exists():
-        raise ZooError(f"{file}: missing; run zoo prepare again")
+        raise ZooError(f"{file}: missing; run {maker} again")
     if file.stat().st_size != size:
         raise ZooError(f"{file}: {file.stat().st_size} bytes, wanted {size}: truncated or overwritten")
+
+
+def write_records(folder: Path, file: str, plain: dict[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Finishes a folder of records: `index.npz`, then the JSON `file`, with the checksum of the index put into it."""
+    packed = BytesIO()
+    np.savez(packed, **index)  # type: ignore[arg-type]
+    plain["index_sha256"] = sha256(packed.getvalue()).hexdigest()
+    write_file(folder / "index.npz", packed.getvalue())
+    write_json(folder / file, plain)
+
+
+def claim(out: Path, mark: str, plain: Mapping[str, Any], maker: str, what: str) -> None:
+    """Makes `out` the folder of what `plain` says, in the JSON file `mark`; ZooError when it is another's.
+
+    maker   the command that writes there
+    what    of which `plain` is the description
+    """
+    file = out / mark
+    if file.exists():
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise ZooError(f"{file}: not valid JSON: {error}") from error
+        if before != plain:
+            fields = [field for field in plain if before.get(field) != plain[field]]
+            raise ZooError(
+                f"{out}: {what} ({before.get('name')!r}; they differ in {', '.join(fields)}); choose another folder"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ZooError(f"{out}: exists and is not a folder of {maker}; choose another")
+    for folder in (out / "shards", out / "parts"):
+        with disk_errors(out):
+            folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, plain)
 
 
 @dataclass(frozen=True)

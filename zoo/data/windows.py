@@ -13,7 +13,8 @@ import numpy.typing as npt
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from zoo.data.store import Dataset, StoredRecording
+    from zoo.data.recording import StoredRecording
+    from zoo.data.store import Dataset
 
 
 @dataclass(frozen=True)
