@@ -1,7 +1,8 @@
 """The fixed baselines: every sample of every channel rounded to one of V levels that nothing learned.
 
-Source: "mu-law" and quantile tokenizers as a study of tokenizers for MEG foundation models compares them with learned
-ones (2602.16626, and its code, MIT); mu-law companding itself is ITU-T G.711.
+Source: the mu-law and quantile tokenizers that a study of tokenizers for MEG foundation models compares with learned
+ones (2602.16626; github.com/OHBA-analysis/Cho2026_Tokenizer and /EphysTokenizer, MIT); mu-law companding itself is
+ITU-T G.711.
 
     tokenizer = zoo.create("mu_law")
     variables = tokenizer.fit(signal)          # [B, C, T] of the training data
@@ -22,11 +23,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from zoo.errors import ZooError
+from zoo.objectives.signal import mean_square
 from zoo.registry import Card, register
 from zoo.tokenizers.tokenizer import Tokenizer
 from zoo.types import AnyArray, Array, Sensors, Tokenized, Variables
 
 COLLECTION = "levels"
+INWARD = 1e-6
+"""How far the outermost edges stand within the training data, as a share of it, so that its extremes are outer tokens.
+The published code has 1e-10 (mu-law), which float32 cannot hold, and 1e-6 (quantile)."""
 
 
 class LevelTokenizer(Tokenizer):
@@ -80,8 +85,7 @@ class LevelTokenizer(Tokenizer):
         valid = self.token_valid(sensors, signal.shape[-1])
         codes = jnp.where(valid, codes.reshape(valid.shape), -1)[..., None]
         reconstruction = self.decode(codes, sensors)
-        error = jnp.square(reconstruction - signal).mean(-1)
-        waveform = jnp.sum(error, where=sensors.valid) / jnp.maximum(sensors.valid.sum(), 1)
+        waveform = mean_square(reconstruction, signal, jnp.asarray(sensors.valid))
         return Tokenized(codes, self._values(codes), reconstruction, {"waveform": waveform}, valid)
 
     def decode(self, codes: Int[AnyArray, "B N Q"], sensors: Sensors, scale: Any = None) -> Float[Array, "B C T"]:
@@ -107,7 +111,7 @@ class LevelTokenizer(Tokenizer):
 class MuLaw(LevelTokenizer):
     """Levels evenly spaced in f(x) = sgn(x) ln(1 + mu |x| / m) / ln(1 + mu), m the largest |x| of the training data.
 
-    The two outer tokens, beyond ±m, decode to ±m.
+    The two outer tokens, from ±m on, decode to ±m.
     """
 
     mu: float = 255.0
@@ -120,9 +124,7 @@ class MuLaw(LevelTokenizer):
 
         companded = np.linspace(-1, 1, self.vocabulary - 1)
         edges = expand(companded)
-        # So that the largest sample itself is within; the published code moves the ends by 1e-10 of it, which float32
-        # cannot hold.
-        edges[0], edges[-1] = edges[0] * (1 + 1e-6), edges[-1] * (1 + 1e-6)
+        edges[0], edges[-1] = -largest * (1 - INWARD), largest * (1 - INWARD)
         middle = expand((companded[1:] + companded[:-1]) / 2)
         return edges, np.concatenate([[-largest], middle, [largest]])
 
@@ -134,27 +136,35 @@ class Quantile(LevelTokenizer):
 
     def _levels(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         edges = np.quantile(samples, np.linspace(0, 1, self.vocabulary - 1), method="inverted_cdf")
+        nudge = INWARD * max(abs(edges[0]), abs(edges[-1]))
+        edges[0], edges[-1] = edges[0] + nudge, edges[-1] - nudge
         centres = np.concatenate([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
-        nudge = 1e-6 * max(np.abs(edges).max(), 1e-30)
-        edges[0], edges[-1] = edges[0] - nudge, edges[-1] + nudge
         return edges, centres
 
 
-for _name, _class, _title in (
-    ("mu_law", MuLaw, "mu-law levels"),
-    ("quantile", Quantile, "quantile levels"),
-):
+VARIANTS: dict[str, tuple[type[LevelTokenizer], dict[str, Any]]] = {
+    "mu_law": (MuLaw, {}),
+    "mu_law_182": (MuLaw, {"vocabulary": 182, "mu": 181.0}),
+    "mu_law_108": (MuLaw, {"vocabulary": 108, "mu": 107.0}),
+    "mu_law_54": (MuLaw, {"vocabulary": 54, "mu": 53.0}),
+    "quantile": (Quantile, {}),
+}
+"""The sizes that the study compares."""
+
+for _name, (_class, _options) in VARIANTS.items():
     register(
         _name,
         _class,
-        {},
+        _options,
         Card(
-            title=f"{_title}, a fixed tokenizer: one token a sample",
+            title=f"{_options.get('vocabulary', _class.vocabulary)} {'mu-law' if _class is MuLaw else 'quantile'} "
+            "levels, a fixed tokenizer: one token a sample",
             paper="arXiv 2602.16626",
-            code="https://github.com/OHBA-analysis/Cho2026_Tokenizer",
+            code="https://github.com/OHBA-analysis/EphysTokenizer",
             licence="MIT",
             inputs="any channels, any rate, any unit; levels are fitted to training data",
             parameters=0,
-            evidence="the definition; round trip within a level: tests/test_tokenizers.py",
+            evidence="parity: levels and codes equal the official code's; round trip within a level: "
+            "tests/tokenizers/test_fixed.py",
         ),
     )
