@@ -41,6 +41,13 @@ class Case:
 CASES = (
     Case("mu_law", 3, 40, {"vocabulary": 16}, wrong_windows=((0, "window of 0 samples"),)),
     Case("quantile", 3, 40, {"vocabulary": 12}, wrong_windows=((0, "window of 0 samples"),)),
+    Case(
+        "ephys_tokenizer_tiny",
+        3,
+        40,
+        {"vocabulary": 16, "units": 16},
+        wrong_windows=((9, "window of 9 samples, wanted at least 10"),),
+    ),
 )
 
 
