@@ -89,6 +89,14 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, temperature: floa
     np.testing.assert_allclose(shares(TopP(p, temperature), probabilities), wanted, atol=0.03)
 
 
+@pytest.mark.parametrize(("p", "k", "kept"), [(1.0, 2, [2, 0]), (0.51, 3, [2, 0]), (1.0, 9, [2, 0, 3, 1])])
+def test_top_p_keeps_at_most_k(p: float, k: int, kept: list[int]):
+    probabilities = np.array([0.3, 0.05, 0.5, 0.15])
+    wanted = np.zeros(4)
+    wanted[kept] = probabilities[kept] / probabilities[kept].sum()
+    np.testing.assert_allclose(shares(TopP(p, k=k), probabilities), wanted, atol=0.03)
+
+
 def zipf(exponent: float, vocabulary: int) -> np.ndarray:
     probabilities = np.arange(1, vocabulary + 1) ** -exponent
     return probabilities / probabilities.sum()
@@ -225,3 +233,5 @@ def test_wrong_options_are_named():
         TopP(0.0)
     with pytest.raises(ZooError, match=r"temperature: got 0\.0, wanted more than 0"):
         TopP(temperature=0.0)
+    with pytest.raises(ZooError, match="k: got -1, wanted at least 1, or 0"):
+        TopP(k=-1)

@@ -58,16 +58,20 @@ class TopP:
     """Draws from the fewest tokens whose probabilities reach p together. p = 1 draws from all.
 
     temperature  divides logits before that
+    k            at most so many tokens, the likeliest (1805.04833, §5.4); 0 for any number
     """
 
     p: float = 0.95
     temperature: float = 1.0
+    k: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1:
             raise ZooError(f"TopP: p: got {self.p}, wanted 0 < p <= 1")
         if self.temperature <= 0:
             raise ZooError(f"TopP: temperature: got {self.temperature}, wanted more than 0 (Greedy is its limit)")
+        if self.k < 0:
+            raise ZooError(f"TopP: k: got {self.k}, wanted at least 1, or 0 for any number")
 
     def memory(self, batch: int) -> tuple[()]:
         return ()
@@ -75,8 +79,10 @@ class TopP:
     def draw(self, log_probs: Float[Array, "B V"], memory: tuple[()], key: Array) -> tuple[Int[Array, " B"], tuple[()]]:
         order, sharpened = _sorted(jax.nn.log_softmax(log_probs / self.temperature))
         probabilities = jnp.exp(sharpened)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        return _drawn(order, jnp.where(before < self.p, sharpened, -jnp.inf), key), memory
+        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < self.p
+        if self.k:
+            kept &= jnp.arange(kept.shape[-1]) < self.k
+        return _drawn(order, jnp.where(kept, sharpened, -jnp.inf), key), memory
 
 
 @dataclass(frozen=True)
