@@ -247,7 +247,7 @@ class CodeEncoder(nn.Module):
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[:, : self.dim]
 
     @nn.nowrap
-    def _mixer_options(self) -> dict[str, Mapping[str, Any]]:
+    def _mixer_options(self) -> Mapping[str, Mapping[str, Any]]:
         """Those given; the direction, for mixers that have two; no rotary positions where rows follow one another."""
         options = {name: dict(each) for name, each in (self.mixer_options or {}).items()}
         for name in self.mixers:

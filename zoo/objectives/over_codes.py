@@ -1,0 +1,191 @@
+"""What tasks over the codes of a trained tokenizer share: the tokenizer, frozen, and one linear head for all codebooks.
+
+The tokenizer's variables, parameters and codebooks alike, lie in a collection of their own, `tokenizer`: no optimiser
+sees them, no step changes them, checkpoints keep them, and the encoder of a finished run carries them along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from zoo.encoders.codes import COLLECTION, CodeEncoder, TokenizedEncoder
+from zoo.errors import ZooError
+from zoo.layers.mixer import State
+from zoo.layers.parameters import dense
+from zoo.registry import create, entry, load
+from zoo.tokenizers.tokenizer import Tokenizer
+from zoo.types import AnyArray, Array, Batch, Encoded, Sensors, Variables
+
+T = TypeVar("T", bound="CodeTask")
+
+
+@dataclass(frozen=True)
+class CodeTask:
+    """The tokenizer and the encoder of a task.
+
+    Attributes:
+        tokenizer: folder of the run that trained the tokenizer
+        model: registered encoder, of codes (codes_tiny) or, where a task can, of signals (labram_tiny)
+        options: replacements for its options; an encoder of codes gets `code_sizes` and, where rows are no channels,
+            place "index" from the tokenizer
+        dtype: compute dtype of the encoder; parameters and statistics stay float32
+        remat: what the encoder recomputes in the backward pass: none, full or dots
+    """
+
+    tokenizer: str = ""
+    model: str = "codes_tiny"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @cached_property
+    def frozen(self) -> tuple[Tokenizer, Variables]:
+        """The tokenizer and its variables, on the host. Raises ZooError where `tokenizer` is not such a run."""
+        if not self.tokenizer:
+            raise ZooError("task.tokenizer: got nothing, wanted the folder of a run that trained a tokenizer")
+        with jax.ensure_compile_time_eval():
+            module, variables = load(self.tokenizer)
+            variables = jax.tree.map(np.asarray, variables)
+        if not isinstance(module, Tokenizer):
+            raise ZooError(f"task.tokenizer: the run in {self.tokenizer} trained {type(module).__name__}, no tokenizer")
+        return module, variables
+
+    def using(self: T, tokenizer: Tokenizer, variables: Variables) -> T:
+        """The task with this tokenizer in place of a run's."""
+        task = dataclasses.replace(self)
+        # Where `cached_property` looks; the field `tokenizer` stays what a configuration can hold.
+        task.__dict__["frozen"] = tokenizer, variables
+        return task
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the encoder reads codes; else it reads the signal."""
+        constructor: Any = entry(self.model).constructor
+        return issubclass(constructor, CodeEncoder)
+
+    def encoder(self) -> Any:
+        """The encoder of signals, with the tokenizer in it where it reads codes: what a probe and `zoo.load` use."""
+        reader = self.reader()
+        return TokenizedEncoder(self.frozen[0], reader) if self.reads_codes else reader
+
+    def reader(self) -> Any:
+        """The encoder alone, of codes or of signals."""
+        tokenizer, options = self.frozen[0], dict(self.options)
+        if self.reads_codes:
+            options = {"code_sizes": tokenizer.code_sizes, **options}
+            if not tokenizer.CHANNEL_ROWS and options.setdefault("place", "index") != "index":
+                raise ZooError(
+                    f"task.options: place {options['place']!r}: the rows of {type(tokenizer).__name__} are not "
+                    "channels, wanted 'index'"
+                )
+        encoder = create(self.model, **{"dtype": jnp.dtype(self.dtype), "remat": self.remat, **options})
+        if not hasattr(encoder, "check_sensors"):
+            raise ZooError(f"task.model: {self.model} is no encoder of codes or signals, such as codes_tiny")
+        return encoder
+
+    def module(self) -> CodePredictor:
+        """Encoder and head."""
+        return CodePredictor(self.reader(), self.frozen[0].code_sizes)
+
+    def tokenised(self, variables: Variables, batch: Batch) -> tuple[Int[Array, "B N Q"], int]:
+        """The batch's codes and the number of rows of their grid."""
+        tokenizer = self.frozen[0]
+        signal, sensors = batch["signal"], batch["sensors"]
+        rows = tokenizer.grid(*signal.shape[1:])[0]
+        codes: Any = tokenizer.apply(variables[COLLECTION]["encoder"], signal, sensors, method="encode")
+        return codes, rows
+
+    def kept(self) -> Variables:
+        """The collection of the tokenizer's variables, under the name that `zoo.load` gives to the encoder."""
+        return {COLLECTION: {"encoder": jax.tree.map(jnp.asarray, self.frozen[1])}}
+
+    def flops(self, batch: Batch) -> float:
+        """Operations of one forward pass over `batch`: the tokenizer's, the encoder's and the head's."""
+        examples, channels, samples = batch["signal"].shape
+        tokenizer, encoder = self.frozen[0], self.reader()
+        rows, frames = tokenizer.grid(channels, samples)
+        reading = encoder.flops(rows, frames) if self.reads_codes else encoder.flops(channels, samples)
+        head = 2 * rows * frames * encoder.dim * sum(tokenizer.code_sizes)
+        return examples * (tokenizer.flops(channels, samples) + reading + head)
+
+    def check_recording(self, rate_hz: float, kinds: Sequence[str], names: Sequence[str]) -> None:
+        """Raises ZooError when tokenizer or encoder cannot take a recording of this rate and these channels."""
+        tokenizer = self.frozen[0]
+        tokenizer.check_recording(rate_hz, kinds, names)
+        if tokenizer.CHANNEL_ROWS or not self.reads_codes:
+            self.reader().check_sensors(names)
+
+
+class CodePredictor(nn.Module):
+    """An encoder and one linear head for all codebooks: logits [..., Q, K], −inf beyond a codebook's own codes."""
+
+    encoder: nn.Module
+    sizes: tuple[int, ...]
+
+    def setup(self) -> None:
+        # Logits begin near zero: every code about as likely as any other.
+        self.head = dense(sum(self.sizes), ("embed", None), bias=True, init=nn.initializers.truncated_normal(0.02))
+
+    def __call__(self, *given: Any, **options: Any) -> Float[Array, "B N Q K"]:
+        """What the encoder takes → logits of the codes of every token."""
+        encoded: Encoded = self.encoder(*given, **options)
+        return self._logits(encoded.tokens)
+
+    def prefill(
+        self, codes: Int[AnyArray, "B N Q"], sensors: Sensors, rows: int, capacity: int
+    ) -> tuple[Float[Array, "B R Q K"], State]:
+        """The first frames → logits of the frame after them, and the state."""
+        encoder: Any = self.encoder
+        tokens, state = encoder.prefill(codes, sensors, rows, capacity)
+        return self._logits(tokens[:, :, -1]), state
+
+    def step(
+        self, codes: Int[AnyArray, "B R Q"], sensors: Sensors, state: State
+    ) -> tuple[Float[Array, "B R Q K"], State]:
+        """One frame of every row → logits of the next, and the new state."""
+        encoder: Any = self.encoder
+        tokens, state = encoder.step(codes, sensors, state)
+        return self._logits(tokens), state
+
+    def _logits(self, tokens: Array) -> Array:
+        logits = self.head(tokens.astype(jnp.float32))
+        most, parts, first = max(self.sizes), [], 0
+        for size in self.sizes:
+            own = logits[..., first : first + size]
+            parts.append(jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, most - size)], constant_values=-jnp.inf))
+            first += size
+        return jnp.stack(parts, axis=-2)
+
+
+def prediction_sums(
+    logits: Float[Array, "*lead Q K"], codes: Int[Array, "*lead Q"], where: Bool[Array, "*lead"]
+) -> tuple[Float[Array, " Q"], Float[Array, " Q"], Float[Array, " Q"]]:
+    """Over the tokens `where`, of each codebook: nats of cross-entropy, right guesses, codes that count (not −1)."""
+    counted = where[..., None] & (codes >= 0)
+    lead = tuple(range(codes.ndim - 1))
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    nats = -jnp.take_along_axis(log_probs, jnp.maximum(codes, 0)[..., None], axis=-1)[..., 0]
+    right = logits.argmax(-1) == codes
+    return (
+        jnp.sum(nats, axis=lead, where=counted),
+        jnp.sum(right & counted, axis=lead).astype(jnp.float32),
+        jnp.sum(counted, axis=lead).astype(jnp.float32),
+    )
+
+
+def code_counts(codes: Int[Array, "*lead Q"], sizes: Sequence[int]) -> Float[Array, "Q K"]:
+    """How often each code of each codebook occurs, −1 not counted; K is the largest codebook's size."""
+    flat = codes.reshape(-1, len(sizes))
+    books = jnp.broadcast_to(jnp.arange(len(sizes)), flat.shape)
+    zero = jnp.zeros((len(sizes), max(sizes)))
+    return zero.at[books, jnp.maximum(flat, 0)].add((flat >= 0).astype(jnp.float32))
