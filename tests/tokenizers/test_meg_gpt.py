@@ -179,11 +179,17 @@ def test_counts_of_another_vocabulary_are_refused():
 
 @pytest.mark.slow
 def test_it_learns_to_explain_an_alpha_rhythm():
-    """Over 95 % of the variance of series it has not seen, with hard codes."""
-    tokenizer = zoo.create("ephys_tokenizer_tiny", anneal_steps=1000)
+    """Over 95 % of the variance of series it has not seen, with hard codes; and its vocabulary does not collapse.
+
+    Half of the published vocabulary (65 of 128) outlives training; twice the rate used here leaves fewer.
+    """
+    steps = 2500
+    tokenizer = zoo.create("ephys_tokenizer_tiny", anneal_steps=2000)
     where = sensors(16, 1)
     variables = nn.unbox(tokenizer.init(jax.random.key(0), *tokenizer.example()))
-    optimizer = optax.adam(3e-3, eps=1e-7)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-3, steps), eps=1e-7)
+    )
     rows = alpha(256, 100)
 
     @jax.jit
@@ -198,7 +204,7 @@ def test_it_learns_to_explain_an_alpha_rhythm():
         return {"params": optax.apply_updates(variables["params"], updates), **new}, state, value
 
     state = optimizer.init(variables["params"])
-    for n in range(1200):
+    for n in range(steps):
         variables, state, _ = step(variables, state, rows[np.arange(16) + 16 * (n % 16)])
     new = alpha(32, 100, seed=1)
     out = tokenizer.apply(variables, new, sensors(32, 1))
@@ -206,5 +212,5 @@ def test_it_learns_to_explain_an_alpha_rhythm():
     error = np.square(np.asarray(out.reconstruction) - new)[..., inner].sum()
     explained = 100 * (1 - error / np.square(new[..., inner]).sum())
     live = len(np.unique(out.codes)) / 64
-    print(explained, live)
     assert explained > 95
+    assert live > 0.4
