@@ -23,6 +23,8 @@ _STACKED: Any = {
     "metadata_params": {nn.PARTITION_NAME: "layers"},
 }
 
+GRADIENTS = ("once", "each")
+
 
 class ResidualQuantizer(Quantizer):
     """`levels` quantizers like `book`, which must have one codebook: r ← r − q(r), quantized is the sum of all q.
@@ -30,15 +32,23 @@ class ResidualQuantizer(Quantizer):
     dropout        probability that an example keeps only its first n levels in training, n uniform in 1 to levels
     unit_residual  each residual is brought to length one before the next code is taken off it: what NeuroRVQ's rule
                    would need for its later levels to matter; not published
+    gradient       to the input: once, the book's estimator from the sum of all levels to x; or each, the sum of what
+                   every level's estimator gives from its code to its residual, as in BrainOmni's code and
+                   vector-quantize-pytorch (with straight_through that is `levels` times the gradient of once)
 
-    The gradient passes once, from the sum of all levels to the input, and each level's commitment draws the input.
-    Losses are means over levels. Parameters and codebooks of the levels are stacked, level first.
+    Each level's commitment draws the input. Losses are means over levels. Parameters and codebooks of the levels are
+    stacked, level first.
     """
 
     book: Quantizer
     levels: int
     dropout: float = 0.0
     unit_residual: bool = False
+    gradient: str = "once"
+
+    def setup(self) -> None:
+        if self.gradient not in GRADIENTS:
+            raise ZooError(f"ResidualQuantizer gradient: got {self.gradient!r}, wanted one of {GRADIENTS}")
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
@@ -63,12 +73,14 @@ class ResidualQuantizer(Quantizer):
                 residual = residual / jax.lax.stop_gradient(length)
             found = book(residual, valid=here & (index < kept), train=train)
             value = jax.lax.stop_gradient(found.quantized)
-            return (residual - value, total + value), (found.codes[..., 0], found.losses)
+            passed = found.quantized if self.gradient == "each" else value
+            return (residual - value, total + passed), (found.codes[..., 0], found.losses)
 
         (_, total), (codes, losses) = nn.scan(level, length=self.levels, **_STACKED)(
             self.book, (x, jnp.zeros_like(x)), jnp.arange(self.levels)
         )
-        quantized = jnp.where(here[..., None], self.book.passed(x, total), 0)
+        quantized = total if self.gradient == "each" else self.book.passed(x, total)
+        quantized = jnp.where(here[..., None], quantized, 0)
         return Quantized(quantized, jnp.moveaxis(codes, 0, -1), jax.tree.map(lambda each: each.mean(), losses))
 
     def decode(self, codes: Int[Array, "*rows Q"]) -> Float[Array, "*rows D"]:
