@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ usage: zoo COMMAND …
   prepare SOURCE OUT         recordings → filtered, scaled, sharded dataset
   train CONFIG [OPTIONS]     run a configuration, from where its folder left off
   evaluate RUN               probe the newest checkpoint of a run again
+  tokenize DATASET OUT       signals → codes, by a trained tokenizer; --decode CODES OUT: back
   list [PATTERN]             models, samples and recipes whose name holds PATTERN
   info MODEL                 parameters, inputs and paper of a model
 
@@ -48,6 +49,26 @@ class Prepare:
     split: str = "by_time"
     parcellation: Path | None = None
     mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Signals → codes: `zoo tokenize DATASET --tokenizer NAME OUT [OPTIONS]`; and back: `--decode CODES OUT`.
+
+    DATASET is a prepared dataset's folder. NAME is a run's folder, or a registered tokenizer that is fitted and not
+    trained (mu_law, quantile): it is fitted to the dataset's training part.
+
+    Attributes:
+        step: step of the run; by default its newest checkpoint
+        window_seconds: length of a record; by default the run's, or 1 s
+        batch_size: windows at a time
+        options: options of a fitted tokenizer, as NAME VALUE pairs
+    """
+
+    step: int | None = None
+    window_seconds: float | None = None
+    batch_size: int = 64
+    options: Mapping[str, int | float] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,13 +109,8 @@ def prepare(arguments: Sequence[str]) -> None:
     from zoo.terminal import parse
 
     words, options = _split_words(arguments)
-    base = RECIPES["raw"]
-    if "--recipe" in options:
-        at = options.index("--recipe")
-        if at + 1 == len(options):
-            raise ZooError("zoo prepare: --recipe wants a name")
-        base = recipe(options[at + 1])
-        del options[at : at + 2]
+    name = _taken(options, "--recipe", "zoo prepare")
+    base = recipe(name) if name else RECIPES["raw"]
     chosen = parse(Prepare, options, prog="zoo prepare SOURCE OUT", default=Prepare(recipe=base))
     source, out = _words(words, "zoo prepare SOURCE OUT [--recipe NAME]", 2)
 
@@ -133,6 +149,39 @@ def evaluate(arguments: Sequence[str]) -> None:
     from zoo.run import evaluate as run
 
     run(Path(_words(arguments, "zoo evaluate RUN", 1)[0]))
+
+
+def tokenize(arguments: Sequence[str]) -> None:
+    """zoo tokenize DATASET --tokenizer NAME OUT [OPTIONS], or zoo tokenize --decode CODES OUT"""
+    from zoo.terminal import parse
+
+    usage = "zoo tokenize DATASET --tokenizer NAME OUT, or zoo tokenize --decode CODES OUT"
+    rest = list(arguments)
+    back = "--decode" in rest
+    if back:
+        rest.remove("--decode")
+    name = "" if back else _taken(rest, "--tokenizer", "zoo tokenize")
+    words, options = _split_words(rest)
+    chosen = parse(Tokenize, options, prog="zoo tokenize")
+    path, out = _words(words, usage, 2)
+    if back:
+        from zoo.detokenize import rebuild
+
+        rebuild(path, out, batch_size=chosen.batch_size)
+        return
+    if not name:
+        raise ZooError(f"usage: {usage}; got no --tokenizer")
+    from zoo.tokenize import tokenize as run
+
+    run(
+        path,
+        name,
+        out,
+        options=chosen.options,
+        step=chosen.step,
+        window_seconds=chosen.window_seconds,
+        batch_size=chosen.batch_size,
+    )
 
 
 def list_names(arguments: Sequence[str]) -> None:
@@ -176,6 +225,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
+    "tokenize": tokenize,
     "list": list_names,
     "info": info,
 }
@@ -191,6 +241,18 @@ def _in_short(value: Any) -> str:
     if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1:
         return f"{value[0]} × {len(value)}"
     return str(value)
+
+
+def _taken(arguments: list[str], option: str, command: str) -> str:
+    """Takes `option` and the name behind it out of the arguments; "" where it is not there."""
+    if option not in arguments:
+        return ""
+    at = arguments.index(option)
+    if at + 1 == len(arguments):
+        raise ZooError(f"{command}: {option} wants a name")
+    name = arguments[at + 1]
+    del arguments[at : at + 2]
+    return name
 
 
 def _split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -50,7 +50,7 @@ def option_names(value: Any, prefix: str = "") -> Iterator[str]:
         }
     for key, each in inner.items():
         name = key.replace("_", "-")
-        if dataclasses.is_dataclass(each) or isinstance(each, Mapping):
+        if dataclasses.is_dataclass(each) or (isinstance(each, Mapping) and each):
             yield from option_names(each, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -48,9 +48,9 @@ class Records:
     classes     label names of event windows, empty for what is continuous
     splits      the default split: name -> record indices
     n_channels  most channels of any recording
-    recording, start, length, label
+    recording, start, length, label, split
                 [records] int64 arrays: recording index, first sample in it, samples, index into `classes`
-                or −1
+                or −1, index into the names of `splits` or −1
 
     Safe to share between threads and to pickle.
     """
@@ -69,9 +69,8 @@ class Records:
         self.recording, self.start, self.length, self.label = (
             index[field].astype(np.int64) for field in ("recording", "start", "length", "label")
         )
-        self.splits = {
-            name: np.flatnonzero(index["split"] == code) for code, name in enumerate(plain["split"]["names"])
-        }
+        self.split = index["split"]
+        self.splits = {name: np.flatnonzero(self.split == code) for code, name in enumerate(plain["split"]["names"])}
         self._shards: tuple[str, ...] = tuple(shard["file"] for shard in plain["shards"])
         self._shard, self._position, self._crc = index["shard"], index["position"], index["crc"]
         # Records come recording by recording, and by start within one: a slice of the index each.

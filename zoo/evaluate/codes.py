@@ -115,12 +115,16 @@ def usage(codes: np.ndarray, sizes: Sequence[int]) -> CodeUsage:
 
     Raises ZooError for codes out of range or where a codebook has no token.
     """
-    counts = tuple(each.sum(0) for each in _counts(np.asarray(codes).reshape(1, -1, np.shape(codes)[-1]), sizes))
+    return usage_of([each.sum(0) for each in _counts(np.asarray(codes).reshape(1, -1, np.shape(codes)[-1]), sizes)])
+
+
+def usage_of(counts: Sequence[np.ndarray]) -> CodeUsage:
+    """The same of tokens that are counted already, an array [size] for each codebook."""
     for book, each in enumerate(counts):
         if not each.sum():
             raise ZooError(f"usage: codebook {book} has no token, wanted at least one")
     bits = np.array([_bits(each) for each in counts])
-    return CodeUsage(counts, bits, 2**bits, np.array([(each > 0).mean() for each in counts]))
+    return CodeUsage(tuple(counts), bits, 2**bits, np.array([(each > 0).mean() for each in counts]))
 
 
 def entropy(codes: np.ndarray, sizes: Sequence[int], label: np.ndarray, *, seed: int = 0) -> CodeEntropy:
