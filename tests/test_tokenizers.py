@@ -42,6 +42,13 @@ CASES = (
     Case("mu_law", 3, 40, {"vocabulary": 16}, wrong_windows=((0, "window of 0 samples"),)),
     Case("quantile", 3, 40, {"vocabulary": 12}, wrong_windows=((0, "window of 0 samples"),)),
     Case(
+        "tfm_tiny",
+        3,
+        60,
+        {"dim": 16, "heads": 2, "window": 20, "hop": 10, "bins": 8, "band": 2, "codes": 16, "iterations": 4},
+        wrong_windows=((10, "window of 10 samples, wanted 20 or more by steps of 10"), (65, "65 samples")),
+    ),
+    Case(
         "ephys_tokenizer_tiny",
         3,
         40,

@@ -19,6 +19,7 @@ MODULES = (
     "zoo.encoders.labram",
     "zoo.encoders.sequence",
     "zoo.tokenizers.fixed",
+    "zoo.tokenizers.tfm",
     "zoo.tokenizers.meg_gpt",
 )
 """Model files. Each registers its variants when it is imported."""
