@@ -49,6 +49,21 @@ CASES = (
         wrong_windows=((10, "window of 10 samples, wanted 20 or more by steps of 10"), (65, "65 samples")),
     ),
     Case(
+        "dewave_word_tiny",
+        3,
+        8,
+        {"channels": 3, "bands": 2, "dim": 16, "heads": 2, "hidden": 16, "codes": 8, "depth": 1},
+        wrong_windows=((7, "window of 7 samples, wanted a multiple of 2"),),
+    ),
+    Case(
+        "dewave_raw_tiny",
+        3,
+        40,
+        {"channels": 3, "dim": 16, "heads": 2, "hidden": 16, "codes": 8, "depth": 1, "kernel": 3}
+        | {"kernels": (6, 3), "strides": (4, 2)},
+        wrong_windows=((36, "window of 36 samples, wanted a multiple of 8"), (0, "window of 0 samples")),
+    ),
+    Case(
         "ephys_tokenizer_tiny",
         3,
         40,

@@ -18,6 +18,7 @@ MODULES = (
     "zoo.encoders.codes",
     "zoo.encoders.labram",
     "zoo.encoders.sequence",
+    "zoo.tokenizers.dewave",
     "zoo.tokenizers.fixed",
     "zoo.tokenizers.tfm",
     "zoo.tokenizers.meg_gpt",
