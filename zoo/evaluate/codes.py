@@ -22,7 +22,7 @@ from zoo.evaluate.metrics import Interval, draw_weights, percentile_interval
 
 BANDS = {"delta": (1.0, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "beta": (13.0, 30.0), "gamma": (30.0, 80.0)}
 """Hz, of electric and magnetic signals; the last ends at the Nyquist frequency where that is lower."""
-BOLD_BANDS = {"slow5": (0.01, 0.027), "slow4": (0.027, 0.073), "slow3": (0.073, 0.198), "slow2": (0.198, 0.25)}
+BOLD_BANDS = {"slow-5": (0.01, 0.027), "slow-4": (0.027, 0.073), "slow-3": (0.073, 0.198), "slow-2": (0.198, 0.25)}
 """Hz, of fMRI (Zuo et al., NeuroImage 2010)."""
 FILTER_ORDER = 4
 """Butterworth, run forwards and backwards."""
