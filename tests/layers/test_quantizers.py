@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -522,3 +523,66 @@ def test_only_chosen_values_learn_and_frozen_keys_stay():
 def test_what_it_cannot_do_is_refused(quantizer, says):
     with pytest.raises(ZooError, match=says):
         quantizer.init({"params": jax.random.key(0), "codes": jax.random.key(1)}, jnp.zeros((2, 6)))
+
+
+class AutoEncoder(nn.Module):
+    """Two layers to a quantizer and two back."""
+
+    quantizer: Quantizer
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> tuple[Any, Any]:
+        found = self.quantizer(nn.Dense(8)(nn.gelu(nn.Dense(64)(x))), train=train)
+        return nn.Dense(64)(nn.gelu(nn.Dense(64)(found.quantized))), found
+
+
+def patches(count: int, seed: int) -> np.ndarray:
+    """[count, 64]: a sine of 4 to 12 periods in noise with a 1/f spectrum."""
+    rng = np.random.default_rng(seed)
+    spectrum = rng.normal(size=(count, 32, 2)) @ [1, 1j] / np.sqrt(np.arange(1, 33))
+    noise = np.fft.irfft(np.pad(spectrum, ((0, 0), (1, 0))), 64)
+    phase = rng.uniform(4, 12, (count, 1)) * np.arange(64) / 64 + rng.uniform(size=(count, 1))
+    return (noise / noise.std() + 1.5 * np.sin(2 * np.pi * phase)).astype(np.float32)
+
+
+def live_codes(quantizer: VectorQuantizer, steps: int = 400) -> float:
+    """The share of codes that new patches use, after an auto-encoder was trained with the quantizer."""
+    model, data, test = AutoEncoder(quantizer), jnp.asarray(patches(4096, 0)), jnp.asarray(patches(2048, 1))
+    optimizer = optax.adam(2e-3)
+    keys = {"params": jax.random.key(0), "codes": jax.random.key(1)}
+
+    def loss(params: Any, others: Any, x: Any, key: Any) -> Any:
+        given, rngs = {"params": params, **others}, {"codes": key}
+        (y, found), others = model.apply(given, x, train=True, mutable=["codebooks"], rngs=rngs)
+        return jnp.square(y - x).mean() + sum(found.losses.values()), others
+
+    def step(carry: Any, key: Any) -> Any:
+        params, others, state = carry
+        x = data[jax.random.randint(key, (256,), 0, len(data))]
+        gradient, others = jax.grad(loss, has_aux=True)(params, others, x, key)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), others, state), None
+
+    @jax.jit
+    def trained() -> Any:
+        others = nn.meta.unbox(model.init(keys, data[:256]))
+        params = others.pop("params")
+        keys_ = jax.random.split(jax.random.key(2), steps)
+        (params, others, _), _ = jax.lax.scan(step, (params, others, optimizer.init(params)), keys_)
+        return model.apply({"params": params, **others}, test)
+
+    reconstruction, found = trained()
+    assert np.square(reconstruction - test).mean() < 0.95 * test.var()
+    return len(np.unique(found.codes)) / quantizer.codes
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_no_codebook_collapses(learning):
+    assert live_codes(VectorQuantizer(128, 8, learning=learning)) > 0.6
+
+
+@pytest.mark.slow
+def test_restarts_save_codes_that_start_badly():
+    badly = VectorQuantizer(128, 8, learning="gradient", kmeans=0)
+    assert live_codes(badly) < 0.4
+    assert live_codes(badly.copy(restart_below=0.5)) > 0.6
