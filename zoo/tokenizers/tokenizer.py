@@ -108,6 +108,10 @@ class Tokenizer(nn.Module):
                 raise ZooError(f"{type(self).__name__}: got channels of kind {kind!r}, takes {', '.join(self.TAKES)}")
 
     @nn.nowrap
+    def check_positions(self, sensors: Sensors) -> None:
+        """Raises ZooError for sensors, on the host, with valid channels whose place it must know and does not."""
+
+    @nn.nowrap
     def check_codes(self, codes: np.ndarray, channels: int | None = None) -> None:
         """Raises ZooError for codes [B, N, Q], on the host, whose shape or range is not this tokenizer's."""
         sizes, name = self.code_sizes, type(self).__name__
