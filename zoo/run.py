@@ -181,6 +181,10 @@ def open_data(config: Config) -> Dataset:
             config.task.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
         elif hasattr(config.task, "check_sensors"):
             config.task.check_sensors(montage.canonical)
+    if hasattr(config.task, "check_positions"):
+        from zoo.types import Sensors
+
+        config.task.check_positions(Sensors(**dataset.sensor_tables()[0]))
     return dataset
 
 

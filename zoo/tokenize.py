@@ -146,13 +146,14 @@ def _find(name: str, options: Mapping[str, Any]) -> tuple[TrainTokenizer, str, f
 
 def _check(dataset: Dataset, tokenizer: Tokenizer, window: int, margin: int) -> None:
     """Raises ZooError for recordings or windows that the tokenizer does not take."""
+    from zoo.types import Sensors
+
     for montage in dataset.montages:
         tokenizer.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
         _, frames = tokenizer.grid(len(montage.names), window)
         if margin * frames % window:
             raise ZooError(f"a margin of {margin} samples is not made of frames of {window / frames:g} samples")
-    for recording in range(len(dataset.recordings)):
-        tokenizer.check_positions(sensors_of(dataset, recording, 1))
+    tokenizer.check_positions(Sensors(**dataset.sensor_tables()[0]))
 
 
 def _try(dataset: Dataset, chosen: Chosen, samples: int) -> None:

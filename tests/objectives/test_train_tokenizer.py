@@ -205,3 +205,10 @@ def test_recordings_are_checked_by_the_tokenizer():
         task.check_recording(200.0, ("eeg",), ("FP1",))
     with pytest.raises(ZooError, match="got channels of kind 'mag', takes eeg"):
         task.check_recording(100.0, ("eeg", "mag"), ("FP1", ""))
+
+
+def test_sensors_without_a_place_are_refused_by_a_tokenizer_that_needs_it():
+    sensors = batch()["sensors"]
+    TrainTokenizer(NAME).check_positions(sensors)
+    with pytest.raises(ZooError, match="position"):
+        TrainTokenizer("braintokenizer_tiny").check_positions(sensors)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from zoo.errors import ZooError
 from zoo.registry import create
 from zoo.tokenizers.tokenizer import Tokenizer
-from zoo.types import AnyArray, Array, Batch, Tokenized, Variables
+from zoo.types import AnyArray, Array, Batch, Sensors, Tokenized, Variables
 
 STREAMS = ("codes", "dropout", "noise")
 """What a tokenizer draws from in training."""
@@ -118,6 +118,10 @@ class TrainTokenizer:
     def check_recording(self, rate_hz: float, kinds: Sequence[str], names: Sequence[str]) -> None:
         """Raises ZooError when the tokenizer cannot take a recording of this rate and these channels."""
         self.module().check_recording(rate_hz, kinds, names)
+
+    def check_positions(self, sensors: Sensors) -> None:
+        """Raises ZooError when the tokenizer must know where these sensors are, and does not."""
+        self.module().check_positions(sensors)
 
 
 def code_health(codes: Int[AnyArray, "B N Q"], sizes: Sequence[int]) -> tuple[Float[Array, ""], Float[Array, ""]]:
