@@ -20,6 +20,7 @@ usage: zoo COMMAND …
   train CONFIG [OPTIONS]     run a configuration, from where its folder left off
   evaluate RUN               probe the newest checkpoint of a run again
   tokenize DATASET OUT       signals → codes, by a trained tokenizer; --decode CODES OUT: back
+  generate RUN OUT           new signals from a next-code model, and their spectra beside real ones
   list [PATTERN]             models, samples and recipes whose name holds PATTERN
   info MODEL                 parameters, inputs and paper of a model
 
@@ -184,6 +185,18 @@ def tokenize(arguments: Sequence[str]) -> None:
     )
 
 
+def generate(arguments: Sequence[str]) -> None:
+    """zoo generate RUN OUT [OPTIONS]"""
+    from zoo.generate import Options
+    from zoo.generate import generate as run
+    from zoo.terminal import parse
+
+    words, options = _split_words(arguments)
+    chosen = parse(Options, options, prog="zoo generate RUN OUT")
+    path, out = _words(words, "zoo generate RUN OUT", 2)
+    run(Path(path), Path(out), chosen)
+
+
 def list_names(arguments: Sequence[str]) -> None:
     """zoo list [PATTERN]"""
     pattern = (_words(arguments, "zoo list [PATTERN]", 0, 1) or [""])[0]
@@ -226,6 +239,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": train,
     "evaluate": evaluate,
     "tokenize": tokenize,
+    "generate": generate,
     "list": list_names,
     "info": info,
 }

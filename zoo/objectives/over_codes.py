@@ -10,18 +10,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Bool, Float, Int
 
+from zoo.data.codes import CodeDataset
 from zoo.encoders.codes import COLLECTION, CodeEncoder, TokenizedEncoder
 from zoo.errors import ZooError
 from zoo.layers.mixer import State
 from zoo.layers.parameters import dense
+from zoo.objectives.train_tokenizer import TrainTokenizer
 from zoo.registry import create, entry, load
 from zoo.tokenizers.tokenizer import Tokenizer
 from zoo.types import AnyArray, Array, Batch, Encoded, Sensors, Variables
@@ -34,7 +38,8 @@ class CodeTask:
     """The tokenizer and the encoder of a task.
 
     Attributes:
-        tokenizer: folder of the run that trained the tokenizer
+        tokenizer: folder of the run that trained the tokenizer, or of codes that `zoo tokenize` made with it, which is
+            where the levels of a fitted one are (mu_law, quantile)
         model: registered encoder, of codes (codes_tiny) or, where a task can, of signals (labram_tiny)
         options: replacements for its options; an encoder of codes gets `code_sizes` and, where rows are no channels,
             place "index" from the tokenizer
@@ -53,11 +58,12 @@ class CodeTask:
         """The tokenizer and its variables, on the host. Raises ZooError where `tokenizer` is not such a run."""
         if not self.tokenizer:
             raise ZooError("task.tokenizer: got nothing, wanted the folder of a run that trained a tokenizer")
+        folder = Path(self.tokenizer)
         with jax.ensure_compile_time_eval():
-            module, variables = load(self.tokenizer)
+            module, variables = _of_codes(folder) if (folder / CodeDataset.FILE).exists() else load(folder)
             variables = jax.tree.map(np.asarray, variables)
         if not isinstance(module, Tokenizer):
-            raise ZooError(f"task.tokenizer: the run in {self.tokenizer} trained {type(module).__name__}, no tokenizer")
+            raise ZooError(f"task.tokenizer: the run in {folder} trained {type(module).__name__}, no tokenizer")
         return module, variables
 
     def using(self: T, tokenizer: Tokenizer, variables: Variables) -> T:
@@ -189,3 +195,9 @@ def code_counts(codes: Int[Array, "*lead Q"], sizes: Sequence[int]) -> Float[Arr
     books = jnp.broadcast_to(jnp.arange(len(sizes)), flat.shape)
     zero = jnp.zeros((len(sizes), max(sizes)))
     return zero.at[books, jnp.maximum(flat, 0)].add((flat >= 0).astype(jnp.float32))
+
+
+def _of_codes(folder: Path) -> tuple[Tokenizer, Variables]:
+    """The tokenizer that made the codes in `folder`."""
+    codes = CodeDataset.open(folder)
+    return TrainTokenizer(**codes.tokenizer).module(), unflatten_dict(codes.variables(), sep="/")
