@@ -77,7 +77,7 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     if latest is None:
         state = program.initial()
         if config.start.run:
-            state = begin_from(state, trained_parameters(Path(config.start.run))[1], config.start)
+            state = begin_from(state, *trained_parameters(Path(config.start.run))[1:], config.start)
     else:
         state = checkpoints.restore(latest, program.abstract())
         if main:

@@ -61,7 +61,8 @@ class Start:
 
     Attributes:
         run: folder of the other run; empty for random parameters
-        new: patterns (regular expressions) of parameters that the other run lacks and that begin random
+        new: patterns (regular expressions) of parameters that the other run lacks and that begin random; codebooks and
+            other statistics go by the same names
         unused: patterns of the other run's parameters that this one has no place for
     """
 

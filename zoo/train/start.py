@@ -1,4 +1,4 @@
-"""Fine-tuning's first step: the parameters of another run instead of random ones, every one accounted for."""
+"""Fine-tuning's first step: what another run has learned instead of what is random, every array accounted for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from zoo.train.config import Start
 from zoo.train.state import State
 
 
-def begin_from(state: State, source: Any, options: Start) -> State:
-    """`state` with the parameters of `source`, the nested parameters of another run, where names agree.
+def begin_from(state: State, params: Any, collections: Any, options: Start) -> State:
+    """`state` with the nested parameters and collections (codebooks, say) of another run, where names agree.
 
-    Every parameter of the source is used once and every one of the state filled once, with equal shapes; the
-    exceptions are those that `options.new` and `options.unused` match. Raises ZooError with all disagreements at once.
+    Every array of the other run is used once and every one of the state filled once, with equal shapes; the exceptions
+    are those that `options.new` and `options.unused` match. Raises ZooError with all disagreements at once.
     """
-    have, want = _flat(source), _flat(state.params)
+    have, want = _flat(params) | _flat(collections), _flat(state.params) | _flat(state.collections)
     wrong = [
         f"{name}: {options.run} has {_shape(have.get(name))}, this run {_shape(want.get(name))}"
         for name in sorted(have.keys() | want.keys())
@@ -41,9 +41,10 @@ def begin_from(state: State, source: Any, options: Start) -> State:
         return jax.device_put(have[name], leaf.sharding) if name in have else leaf
 
     params = jax.tree_util.tree_map_with_path(begin, state.params)
+    collections = jax.tree_util.tree_map_with_path(begin, state.collections)
     # A copy: the training step gives both back to the device, and one buffer cannot be given twice.
     ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-    return dataclasses.replace(state, params=params, ema=ema)
+    return dataclasses.replace(state, params=params, collections=collections, ema=ema)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
