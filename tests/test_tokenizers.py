@@ -28,6 +28,7 @@ class Case:
     channels, samples  of its windows
     kind               of its channels
     wrong_windows      samples of windows it must refuse, and what the refusal says
+    still              parameters that no gradient moves: the bias of keys, which a softmax over them does not see
     """
 
     name: str
@@ -36,11 +37,25 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "eeg"
     wrong_windows: tuple[tuple[int, str], ...] = ()
+    still: tuple[str, ...] = ()
 
 
 CASES = (
     Case("mu_law", 3, 40, {"vocabulary": 16}, wrong_windows=((0, "window of 0 samples"),)),
     Case("quantile", 3, 40, {"vocabulary": 12}, wrong_windows=((0, "window of 0 samples"),)),
+    Case(
+        "du_in_tiny",
+        3,
+        40,
+        {"conv_width": 8, "filters": 4, "heads": 2, "head_width": 8, "codes": 8, "code_dim": 8, "channels": 4},
+        kind="seeg",
+        wrong_windows=((45, "window of 45 samples, wanted a multiple of 10"), (0, "window of 0 samples")),
+        # Batch norm takes the biases before it away again.
+        still=(
+            *(f"['embed']['conv_{layer}']['bias']" for layer in (1, 2, 3)),
+            *(f"['{half}']['blocks']['key_norm']['bias']" for half in ("encoder", "decoder")),
+        ),
+    ),
     Case(
         "tfm_tiny",
         3,
@@ -213,7 +228,7 @@ def test_every_parameter_learns(case, made):
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
     for name, leaf in leaves.items():
         assert np.isfinite(leaf).all(), name
-        assert np.abs(leaf).max() > 0, name
+        assert np.abs(leaf).max() > 0 or name.startswith(case.still), name
 
 
 def test_training_on_eight_devices_is_training_on_one(case, made):
@@ -227,7 +242,9 @@ def test_training_on_eight_devices_is_training_on_one(case, made):
         eight = step(tokenizer, whole, *jax.device_put((signal, sensors), split))
     for path, leaf in jax.tree_util.tree_leaves_with_path(one):
         other = dict(jax.tree_util.tree_leaves_with_path(eight))[path]
-        scale = max(np.abs(np.asarray(leaf, np.float32)).max(), 1e-3)
+        # A gradient that is zero but for rounding rounds in another order.
+        least = 1e-2 if jax.tree_util.keystr(path[1:]).startswith(case.still) else 1e-3
+        scale = max(np.abs(np.asarray(leaf, np.float32)).max(), least)
         np.testing.assert_allclose(
             np.asarray(other, np.float32), leaf, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path)
         )

@@ -19,6 +19,7 @@ MODULES = (
     "zoo.encoders.labram",
     "zoo.encoders.sequence",
     "zoo.tokenizers.dewave",
+    "zoo.tokenizers.du_in",
     "zoo.tokenizers.fixed",
     "zoo.tokenizers.tfm",
     "zoo.tokenizers.meg_gpt",

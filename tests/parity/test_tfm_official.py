@@ -183,7 +183,7 @@ def test_codes_spectra_and_gradients_are_the_authors(both):
     assert jax.tree.structure(grads) == jax.tree.structure(wanted)
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True):
         # Float32 through twelve layers: the smallest gradients are sums of large terms.
-        np.testing.assert_allclose(leaf, other, atol=2e-4 * np.abs(other).max(), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(leaf, other, atol=5e-5 * np.abs(other).max(), err_msg=jax.tree_util.keystr(path))
 
 
 def copied_gradients(model: Any) -> Any:
