@@ -340,7 +340,7 @@ for _name, (_class, _options, _parameters) in VARIANTS.items():
             + ("band features [B, 105, words · 8], word by word" if _word else "waves [B, 105, T · 80] at 500 Hz")
             + ", standardised; other montages by the option channels",
             parameters=_parameters,
-            evidence="its own tests: codex in use, waves rebuilt through it, words told apart only by their own EEG: "
-            "tests/tokenizers/test_dewave.py; no published number is reproduced",
+            evidence="made data only (tests/tokenizers/test_dewave.py): waves rebuilt through a codex that is in use; "
+            "words told apart by their own EEG, and not by shuffled pairs or noise; no published number is reproduced",
         ),
     )
