@@ -41,6 +41,13 @@ class Case:
 
 
 CASES = (
+    Case(
+        "labram_vqnsp_tiny",
+        3,
+        80,
+        {"codes": 16, "code_dim": 8, "patch": 40, "conv_features": 8, "dim": 40, "heads": 2, "mlp_ratio": 1},
+        wrong_windows=((60, "60 samples, wanted 1 to 16 patches of 40"), (680, "680 samples")),
+    ),
     Case("mu_law", 3, 40, {"vocabulary": 16}, wrong_windows=((0, "window of 0 samples"),)),
     Case("quantile", 3, 40, {"vocabulary": 12}, wrong_windows=((0, "window of 0 samples"),)),
     Case(

@@ -21,6 +21,7 @@ MODULES = (
     "zoo.tokenizers.dewave",
     "zoo.tokenizers.du_in",
     "zoo.tokenizers.fixed",
+    "zoo.tokenizers.labram_vqnsp",
     "zoo.tokenizers.tfm",
     "zoo.tokenizers.meg_gpt",
 )

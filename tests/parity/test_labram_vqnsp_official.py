@@ -1,0 +1,166 @@
+"""VQ-NSP against its authors' code.
+
+BRAIN_ZOO_PEERS names a folder with a copy of github.com/935963004/LaBraM (which imports timm 0.4.12 and einops).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from electrodes import electrodes
+
+torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
+if "BRAIN_ZOO_PEERS" not in os.environ:
+    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with LaBraM", allow_module_level=True)
+sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "LaBraM"))
+peer = pytest.importorskip("modeling_vqnsp", reason="no LaBraM, timm 0.4.12 or einops")
+
+from zoo.sensors import LABRAM_NAMES  # noqa: E402
+from zoo.tokenizers.labram_vqnsp import LaBraMVQNSP  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NAMES = ("CZ", "FP1", "O2", "T3")
+CODES, WIDTH, PATCHES = 50, 64, 3
+
+
+def official() -> Any:
+    """The base model with few codes, every parameter and every code drawn anew."""
+    torch.manual_seed(0)
+    model = peer.vqnsp_encoder_base_decoder_3x200x12(n_code=CODES, code_dim=WIDTH, quantize_kmeans_init=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("quantize."):
+                parameter += (0.2 if "conv" in name else 0.05) * torch.randn_like(parameter)
+    return model
+
+
+def copied(model: Any) -> dict[str, Any]:
+    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+
+    def linear(name: str) -> dict[str, Any]:
+        return {
+            "kernel": state[f"{name}.weight"].reshape(len(state[f"{name}.bias"]), -1).T,
+            "bias": state[f"{name}.bias"],
+        }
+
+    def norm(name: str) -> dict[str, Any]:
+        return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+
+    def head(name: str) -> dict[str, Any]:
+        return {"layers_0": linear(f"{name}.0"), "layers_2": linear(f"{name}.2")}
+
+    def layer(name: str) -> dict[str, Any]:
+        query, key, value = state[f"{name}.attn.qkv.weight"].reshape(3, 10, 20, 200).transpose(0, 3, 1, 2)
+        return {
+            "attention_norm": norm(f"{name}.norm1"),
+            "attention": {
+                "query": {"kernel": query, "bias": state[f"{name}.attn.q_bias"].reshape(10, 20)},
+                "key": {"kernel": key},
+                "value": {"kernel": value, "bias": state[f"{name}.attn.v_bias"].reshape(10, 20)},
+                "out": {
+                    "kernel": state[f"{name}.attn.proj.weight"].T.reshape(10, 20, 200),
+                    "bias": state[f"{name}.attn.proj.bias"],
+                },
+            },
+            "mlp_norm": norm(f"{name}.norm2"),
+            "mlp_in": linear(f"{name}.mlp.fc1"),
+            "mlp_out": linear(f"{name}.mlp.fc2"),
+        }
+
+    def transformer(name: str, depth: int) -> dict[str, Any]:
+        layers = [layer(f"{name}.blocks.{index}") for index in range(depth)]
+        return {
+            "embed_electrode": state[f"{name}.pos_embed"][0],
+            "embed_time": state[f"{name}.time_embed"][0],
+            "embed_cls": state[f"{name}.cls_token"][0, 0],
+            "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
+        }
+
+    embed = {}
+    for index in (1, 2, 3):
+        embed[f"conv{index}"] = {
+            "kernel": state[f"encoder.patch_embed.conv{index}.weight"][:, :, 0].transpose(2, 1, 0),
+            "bias": state[f"encoder.patch_embed.conv{index}.bias"],
+        }
+        embed[f"norm{index}"] = norm(f"encoder.patch_embed.norm{index}")
+    return {
+        "embed_patch": embed,
+        "encoder": transformer("encoder", 12),
+        "encoder_norm": norm("encoder.fc_norm"),
+        "code_head": head("encode_task_layer"),
+        "embed_code": linear("decoder.patch_embed.proj"),
+        "decoder": transformer("decoder", 3),
+        "decoder_norm": norm("decoder.fc_norm"),
+        "amplitude_head": head("decode_task_layer"),
+        "phase_head": head("decode_task_layer_angle"),
+    }
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Any, Any, Any, np.ndarray]:
+    """Their model, ours, our variables, a signal."""
+    model = official()
+    ours = LaBraMVQNSP(codes=CODES, code_dim=WIDTH, kmeans=0)
+    signal = np.random.default_rng(0).normal(size=(2, len(NAMES), 200 * PATCHES)).astype(np.float32)
+    shapes = jax.eval_shape(ours.init, jax.random.key(0), signal, electrodes(NAMES))
+    params = copied(model)
+    shape = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
+    assert shape(params) == shape(
+        jax.tree.map(lambda box: box.value, shapes["params"], is_leaf=lambda x: hasattr(x, "value"))
+    )
+    codebook = model.quantize.embedding.weight.detach().numpy().copy()
+    books = {"embedding": codebook, "usage": np.ones(CODES, np.float32), "ready": np.array(True)}
+    return model, ours, jax.tree.map(jnp.asarray, {"params": params, "codebooks": {"quantizer": books}}), signal
+
+
+def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+    """Within `tolerance` of the largest."""
+    theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else np.asarray(theirs)
+    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    print(f"largest error {error:.1e}")
+    assert error < tolerance
+
+
+def test_a_step_of_training_is_theirs(both: Any) -> None:
+    model, ours, variables, signal = both
+    rows = torch.tensor([0] + [1 + LABRAM_NAMES.index(name) for name in NAMES])
+    given = torch.tensor(signal, requires_grad=True)
+    patches = given.reshape(2, len(NAMES), PATCHES, 200)
+
+    # In evaluation first: there their codes do not move.
+    model.eval()
+    quantized, codes, commitment = model.encode(patches, rows)
+    amplitude, phase = model.decode(quantized, rows)
+    loss, log = model(given, rows)
+    (gradient,) = torch.autograd.grad(loss, given)
+
+    def forward(signal: Any) -> Any:
+        out = ours.apply(variables, signal, electrodes(NAMES))
+        return sum(ours.loss_weights[name] * value for name, value in out.losses.items()), out
+
+    (our_loss, out), our_gradient = jax.value_and_grad(forward, has_aux=True)(jnp.asarray(signal))
+    np.testing.assert_array_equal(out.codes[..., 0], codes.reshape(2, -1))
+    assert len(np.unique(out.codes)) > 5
+    close(out.quantized, quantized.permute(0, 2, 3, 1).reshape(2, -1, WIDTH))
+    close(out.losses["commitment"], commitment)
+    close(out.losses["amplitude"], log["val/rec_loss"])
+    close(out.losses["phase"], log["val/rec_angle_loss"])
+    close(our_loss, loss)
+    close(our_gradient, gradient, 5e-5)  # it has passed fifteen layers twice
+    spectra = ours.apply(variables, out.quantized, electrodes(NAMES), False, method="_spectra")
+    close(spectra[0], amplitude)
+    close(spectra[1], phase)
+
+    model.train()
+    model(given, rows)
+    rngs = {"codes": jax.random.key(0)}
+    _, new = ours.apply(variables, signal, electrodes(NAMES), train=True, mutable=["codebooks"], rngs=rngs)
+    close(new["codebooks"]["quantizer"]["embedding"], model.quantize.embedding.weight)
