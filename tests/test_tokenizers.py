@@ -51,6 +51,15 @@ CASES = (
     Case("mu_law", 3, 40, {"vocabulary": 16}, wrong_windows=((0, "window of 0 samples"),)),
     Case("quantile", 3, 40, {"vocabulary": 12}, wrong_windows=((0, "window of 0 samples"),)),
     Case(
+        "braintokenizer_tiny",
+        5,
+        64,
+        {"window": 32, "filters": 4, "ratios": (4,), "dim": 32, "heads": 2, "latents": 4} | {"codes": 40, "levels": 2},
+        kind="grad",
+        wrong_windows=((31, "31 samples, wanted a multiple of 32"), (40, "40 samples, wanted a multiple of 32")),
+        still=("['to_key']['bias']", "['from_key']['bias']"),
+    ),
+    Case(
         "du_in_tiny",
         3,
         40,

@@ -18,6 +18,7 @@ MODULES = (
     "zoo.encoders.codes",
     "zoo.encoders.labram",
     "zoo.encoders.sequence",
+    "zoo.tokenizers.brainomni",
     "zoo.tokenizers.dewave",
     "zoo.tokenizers.du_in",
     "zoo.tokenizers.fixed",
