@@ -84,6 +84,10 @@ class MaskedCodes(CodeTask):
         }
         return losses.sum(), metrics, {}
 
+    def flops(self, batch: Batch) -> float:
+        """Operations of one forward pass over `batch`, in which encoder and head run once for each side of the mask."""
+        return self.tokenizer_flops(batch) + (2 if self.symmetric else 1) * self.model_flops(batch)
+
     def _given(self, batch: Batch, codes: Array, rows: int, mask: Array) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """What the encoder is called with."""
         if self.reads_codes:

@@ -39,7 +39,8 @@ class CodeTask:
 
     Attributes:
         tokenizer: folder of the run that trained the tokenizer, or of codes that `zoo tokenize` made with it, which is
-            where the levels of a fitted one are (mu_law, quantile)
+            where the levels of a fitted one are (mu_law, quantile). Its variables are kept by this run; what it is, is
+            read from there again whenever this run is loaded
         model: registered encoder, of codes (codes_tiny) or, where a task can, of signals (labram_tiny)
         options: replacements for its options; an encoder of codes gets `code_sizes` and, where rows are no channels,
             place "index" from the tokenizer
@@ -117,12 +118,20 @@ class CodeTask:
 
     def flops(self, batch: Batch) -> float:
         """Operations of one forward pass over `batch`: the tokenizer's, the encoder's and the head's."""
+        return self.tokenizer_flops(batch) + self.model_flops(batch)
+
+    def tokenizer_flops(self, batch: Batch) -> float:
+        """Those of the tokenizer."""
+        examples, channels, samples = batch["signal"].shape
+        return examples * self.frozen[0].flops(channels, samples)
+
+    def model_flops(self, batch: Batch) -> float:
+        """Those of encoder and head, run once."""
         examples, channels, samples = batch["signal"].shape
         tokenizer, encoder = self.frozen[0], self.reader()
         rows, frames = tokenizer.grid(channels, samples)
         reading = encoder.flops(rows, frames) if self.reads_codes else encoder.flops(channels, samples)
-        head = 2 * rows * frames * encoder.dim * sum(tokenizer.code_sizes)
-        return examples * (tokenizer.flops(channels, samples) + reading + head)
+        return examples * (reading + 2 * rows * frames * encoder.dim * sum(tokenizer.code_sizes))
 
     def check_recording(self, rate_hz: float, kinds: Sequence[str], names: Sequence[str]) -> None:
         """Raises ZooError when tokenizer or encoder cannot take a recording of this rate and these channels."""
