@@ -96,7 +96,7 @@ def reconstruction(
             _shade(course, mask[c], len(time) / rate_hz)
         for name, signal, colour in (("original", original[c], GREY), ("reconstruction", rebuilt[c], ORANGE)):
             course.plot(time, signal, color=colour, linewidth=1.2, label=name)
-            hertz, power = welch(signal, rate_hz, nperseg=len(time))
+            hertz, power = welch(signal, rate_hz, nperseg=min(len(time), max(round(rate_hz), len(time) // 4)))
             spectrum.semilogy(hertz, power, color=colour, linewidth=1.2)
             if name == "original":
                 spectrum.set_ylim(1e-6 * power.max(), 3 * power.max())
