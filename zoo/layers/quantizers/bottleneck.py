@@ -1,7 +1,7 @@
 """A discrete key–value bottleneck: codes choose learned values, and learning changes only those that were chosen.
 
-Source: Träuble et al., 2207.11240, sections 3 and 3.1 (keys follow moving averages of the inputs first and are frozen
-then; heads read fixed random projections of the input; their values are averaged).
+Source: Träuble et al., 2207.11240: keys follow moving averages of the inputs first and are frozen then; heads read
+fixed random projections of the input; their values are averaged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from zoo.errors import ZooError
 from zoo.layers.parameters import partitioned
 from zoo.layers.quantizers.quantizer import COLLECTION, Quantized, Quantizer
 from zoo.types import Array
@@ -20,7 +19,7 @@ from zoo.types import Array
 class KeyValueBottleneck(Quantizer):
     """The keys nearest to x, one a head, and in their place the mean of the values that belong to them.
 
-    keys        a quantizer of H codebooks of M keys, such as GroupedQuantizer(VectorQuantizer(M, D / H), H)
+    keys        a quantizer of H codebooks of M keys each, such as GroupedQuantizer(VectorQuantizer(M, D / H), H)
     values      V, the width of values and so of the result
     projection  (D, H · K): a fixed random projection of x to what the heads read; None: they read x
     moving      keys follow the inputs in training; False freezes them, for all that is learned after
@@ -35,10 +34,7 @@ class KeyValueBottleneck(Quantizer):
     moving: bool = True
 
     def setup(self) -> None:
-        sizes = self.code_sizes
-        if len(set(sizes)) != 1:
-            raise ZooError(f"KeyValueBottleneck keys: got codebooks of {sizes} keys, wanted as many in each")
-        shape = (len(sizes), sizes[0], self.values)
+        shape = (len(self.code_sizes), self.code_sizes[0], self.values)
         self.memories = self.param("values", partitioned(nn.initializers.normal(1.0), None, None, None), shape)
         if self.projection:
             self.heads = self.variable(COLLECTION, "heads", self._first_heads, self.projection)

@@ -1,7 +1,7 @@
 """Quantisation number by number, without a codebook: the code of a vector is read off its coordinates.
 
 Source: finite scalar quantisation, Mentzer et al., 2309.15505, section 3.1 and the code of appendix A; lookup-free
-quantisation, Yu et al., 2310.05737, section 3.1 (codes: equation 3; entropies: equation 4).
+quantisation, Yu et al., 2310.05737, section 3.1.
 """
 
 from __future__ import annotations

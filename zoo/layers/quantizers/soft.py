@@ -25,7 +25,7 @@ class SoftQuantizer(Quantizer):
     temperatures  at the first training step and at the end of the schedule, where it stays
     steps         of the schedule; counted in the collection `codebooks`
 
-    Projection and codes start as PyTorch's Linear and Embedding do.
+    The projection starts as PyTorch's Linear does but for its bias, which is zero, and codes as its Embedding.
     """
 
     codes: int
