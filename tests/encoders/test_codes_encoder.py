@@ -128,6 +128,17 @@ def test_an_unknown_place_is_nan_and_refused(both):
         dataclasses.replace(BOTH, place="index", rows=2).check_sensors(NAMES)
 
 
+def test_an_unknown_position_is_refused_where_it_is_read():
+    sensors, model = electrodes(NAMES), dataclasses.replace(BOTH, place="position")
+    sensors = sensors.replace(position=sensors.position.copy())
+    sensors.position[1, 2] = np.nan
+    with pytest.raises(ZooError, match="got 1 channels of no known position"):
+        model.check_positions(sensors)
+    BOTH.check_positions(sensors)
+    sensors.valid[1, 2] = False
+    model.check_positions(sensors)
+
+
 def test_rows_need_not_be_channels():
     model = dataclasses.replace(BOTH, place="index", rows=2, time="learned", frames=FRAMES)
     given, sensors = codes(rows=2), electrodes(NAMES)

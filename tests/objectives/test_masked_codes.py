@@ -244,6 +244,14 @@ def test_recordings_are_checked_by_tokenizer_and_encoder(frozen):
             task.check_recording(*given)
 
 
+def test_positions_are_checked_where_they_are_read(frozen):
+    sensors = electrodes(NAMES)
+    nowhere = sensors.replace(position=np.full_like(sensors.position, np.nan))
+    MaskedCodes().using(TOKENIZER, frozen).check_positions(nowhere)
+    with pytest.raises(ZooError, match="got 6 channels of no known position"):
+        MaskedCodes(options={"place": "position"}).using(TOKENIZER, frozen).check_positions(nowhere)
+
+
 def test_rows_that_are_no_channels_are_numbered(frozen):
     class Latents(PatchTokenizer):
         CHANNEL_ROWS = False

@@ -21,6 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -196,6 +197,16 @@ class CodeEncoder(nn.Module):
                 )
         if self.place == "index" and len(names) > self.rows:
             raise ZooError(f"CodeEncoder place 'index': got {len(names)} channels, wanted at most rows {self.rows}")
+
+    @nn.nowrap
+    def check_positions(self, sensors: Sensors) -> None:
+        """Raises ZooError for valid channels, on the host, of no known position where rows are told apart by it."""
+        unknown = np.asarray(sensors.valid) & ~np.isfinite(np.asarray(sensors.position)).all(-1)
+        if self.place == "position" and unknown.any():
+            raise ZooError(
+                f"CodeEncoder place 'position': got {unknown.sum()} channels of no known position, wanted none; place "
+                "'name' or 'index' need no positions"
+            )
 
     def _embedded(
         self, codes: Array, sensors: Sensors, rows: int | None, first: Array | int

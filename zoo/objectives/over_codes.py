@@ -140,6 +140,13 @@ class CodeTask:
         if tokenizer.CHANNEL_ROWS or not self.reads_codes:
             self.reader().check_sensors(names)
 
+    def check_positions(self, sensors: Sensors) -> None:
+        """Raises ZooError when tokenizer or encoder must know where these sensors are, and does not."""
+        tokenizer = self.frozen[0]
+        tokenizer.check_positions(sensors)
+        if self.reads_codes:
+            self.reader().check_positions(sensors)
+
 
 class CodePredictor(nn.Module):
     """An encoder and one linear head for all codebooks: logits [..., Q, K], −inf beyond a codebook's own codes."""
