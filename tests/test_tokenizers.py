@@ -42,6 +42,15 @@ class Case:
 
 CASES = (
     Case(
+        "neurorvq_tiny",
+        3,
+        80,
+        {"codes": 16, "code_dim": 8, "patch": 40, "conv_features": 8, "dim": 40, "heads": 2, "mlp_ratio": 1}
+        # Of k-means on these few vectors many would be alone with their code, and leave nothing but rounding.
+        | {"levels": 2, "max_patches": 4, "kmeans": 0},
+        wrong_windows=((60, "60 samples, wanted 1 to 4 patches of 40"), (200, "200 samples")),
+    ),
+    Case(
         "labram_vqnsp_tiny",
         3,
         80,

@@ -23,6 +23,7 @@ MODULES = (
     "zoo.tokenizers.du_in",
     "zoo.tokenizers.fixed",
     "zoo.tokenizers.labram_vqnsp",
+    "zoo.tokenizers.neurorvq",
     "zoo.tokenizers.tfm",
     "zoo.tokenizers.meg_gpt",
 )
