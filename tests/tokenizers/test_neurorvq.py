@@ -100,7 +100,7 @@ def test_the_four_scales_say_different_things(trained):
         assert (each[:, scale] != each[:, 0]).mean() > 0.5
 
 
-def test_error_falls_with_levels_at_decode_and_grows_without_the_true_scale(trained):
+def test_error_falls_with_levels_at_decode_and_codes_alone_are_standardised(trained):
     tokenizer, variables, _ = trained
     signal, sensors = brain_like((8, len(NAMES), 80), seed=7), electrodes(NAMES, 8)
     codes = apply(tokenizer, variables, signal, sensors, method="encode")
