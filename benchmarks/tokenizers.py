@@ -100,7 +100,9 @@ class Contender:
 
 CONTENDERS: dict[str, Contender] = {
     "labram_vqnsp_tiny": Contender(EEG_200, "labram_vqnsp_tiny"),
+    "labram_vqnsp_tiny, gradient": Contender(EEG_200, "labram_vqnsp_tiny", {"learning": "gradient"}),
     "neurorvq_tiny": Contender(EEG_200, "neurorvq_tiny"),
+    "neurorvq_tiny, one level": Contender(EEG_200, "neurorvq_tiny", {"levels": 1}),
     "tfm_tiny": Contender(EEG_200, "tfm_tiny"),
     "braintokenizer_tiny": Contender(EEG_256, "braintokenizer_tiny"),
     "ephys_tokenizer_tiny": Contender(EEG_200, "ephys_tokenizer_tiny", {"rate_hz": 200.0}),

@@ -32,7 +32,7 @@ def config() -> Config:
     """The tokenizer."""
     return Config(
         name="tokenizer",
-        task=TrainTokenizer(tokenizer="labram_vqnsp_tiny", options={"restart_below": 1.0, "decay": 0.95}),
+        task=TrainTokenizer(tokenizer="labram_vqnsp_tiny"),
         data=Data(
             source="faces_eeg",
             prepared=Path("prepared/faces_eeg"),

@@ -113,19 +113,24 @@ CASES = (
 )
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name, scope="module")
+# A case's tests share what was compiled, so they stay on one worker.
+GROUPED = [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES]
+
+
+@pytest.fixture(params=GROUPED, scope="module")
 def case(request: Any) -> Case:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def made(case: Case) -> tuple[Any, Any, Any]:
-    """The tokenizer, its variables after one step of training (so that codebooks are set), and a batch of two."""
-    tokenizer = zoo.create(case.name, **case.options)
-    signal, sensors = batch(case, 2)
+    """The tokenizer, its variables after one step of training (so that codebooks are set), and a batch of eight."""
+    tokenizer = Programs(zoo.create(case.name, **case.options))
+    signal, sensors = batch(case, 8)
     keys = {"params": jax.random.key(0), "codes": jax.random.key(1), "noise": jax.random.key(2)}
-    variables = compiled(lambda signal, sensors: tokenizer.init(keys, signal, sensors))(signal, sensors)
-    return tokenizer, {**variables, **step(tokenizer, variables, signal, sensors)[2]}, (signal, sensors)
+    init = jax.jit(lambda signal, sensors: tokenizer.init(keys, signal, sensors), compiler_options=QUICK)
+    variables = init(signal, sensors)
+    return tokenizer, {**variables, **tokenizer.step(variables, signal, sensors)[2]}, (signal, sensors)
 
 
 def batch(case: Case, size: int, seed: int = 0) -> tuple[np.ndarray, Sensors]:
@@ -150,16 +155,31 @@ def batch(case: Case, size: int, seed: int = 0) -> tuple[np.ndarray, Sensors]:
     return signal, sensors
 
 
-def compiled(function: Any) -> Any:
-    return lambda *arguments: jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
+class Programs:
+    """A tokenizer with its programs, each compiled once for the shapes it is given."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.run = jax.jit(self._run, static_argnames="method", compiler_options=QUICK)
+        self.learn = jax.jit(jax.value_and_grad(self._loss, has_aux=True), compiler_options=QUICK)
 
-def step(tokenizer: Any, variables: Any, signal: Any, sensors: Any) -> tuple[Any, Any, Any]:
-    """(loss, gradients of the parameters, new collections) of a training step."""
-    collections = {name: value for name, value in variables.items() if name != "params"}
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
-    def loss(params: Any, collections: Any, signal: Any, sensors: Any) -> Any:
-        out, new = tokenizer.apply(
+    def call(self, variables: Any, *given: Any, method: str = "__call__") -> Any:
+        return self.run(variables, *given, method=method)
+
+    def step(self, variables: Any, signal: Any, sensors: Any) -> tuple[Any, Any, Any]:
+        """(loss, gradients of the parameters, new collections) of a training step."""
+        collections = {name: value for name, value in variables.items() if name != "params"}
+        (value, new), grads = self.learn(variables.get("params", {}), collections, signal, sensors)
+        return value, grads, new
+
+    def _run(self, variables: Any, *given: Any, method: str) -> Any:
+        return self.tokenizer.apply(variables, *given, method=method)
+
+    def _loss(self, params: Any, collections: Any, signal: Any, sensors: Any) -> Any:
+        out, new = self.tokenizer.apply(
             {"params": params, **collections},
             signal,
             sensors,
@@ -167,24 +187,16 @@ def step(tokenizer: Any, variables: Any, signal: Any, sensors: Any) -> tuple[Any
             mutable=list(collections),
             rngs={name: jax.random.key(7) for name in ("codes", "dropout", "noise")},
         )
-        assert set(out.losses) == set(tokenizer.loss_weights)
-        return sum(weight * out.losses[name] for name, weight in tokenizer.loss_weights.items()), new
-
-    gradient = compiled(jax.value_and_grad(loss, has_aux=True))
-    (value, new), grads = gradient(variables.get("params", {}), collections, signal, sensors)
-    return value, grads, new
-
-
-def apply(tokenizer: Any, variables: Any, *arguments: Any, method: str = "__call__") -> Any:
-    return compiled(lambda variables, *given: tokenizer.apply(variables, *given, method=method))(variables, *arguments)
+        assert set(out.losses) == set(self.tokenizer.loss_weights)
+        return sum(weight * out.losses[name] for name, weight in self.tokenizer.loss_weights.items()), new
 
 
 def test_codes_lie_on_the_grid_within_their_books(case, made):
     tokenizer, variables, (signal, sensors) = made
-    out = apply(tokenizer, variables, signal, sensors)
+    out = tokenizer.call(variables, signal, sensors)
     rows, frames = tokenizer.grid(case.channels, case.samples)
     codes = np.asarray(out.codes)
-    assert codes.shape == (2, rows * frames, len(tokenizer.code_sizes))
+    assert codes.shape == (8, rows * frames, len(tokenizer.code_sizes))
     assert codes.dtype == np.int32
     assert out.valid.shape == out.quantized.shape[:2] == codes.shape[:2]
     tokenizer.check_codes(codes, case.channels)
@@ -196,10 +208,10 @@ def test_codes_lie_on_the_grid_within_their_books(case, made):
 
 def test_encode_and_decode_are_the_halves_of_the_call(case, made):
     tokenizer, variables, (signal, sensors) = made
-    out = apply(tokenizer, variables, signal, sensors)
-    np.testing.assert_array_equal(apply(tokenizer, variables, signal, sensors, method="encode"), out.codes)
+    out = tokenizer.call(variables, signal, sensors)
+    np.testing.assert_array_equal(tokenizer.call(variables, signal, sensors, method="encode"), out.codes)
     scale = tokenizer.scale(signal, sensors)
-    decoded = apply(tokenizer, variables, out.codes, sensors, scale, method="decode")
+    decoded = tokenizer.call(variables, out.codes, sensors, scale, method="decode")
     np.testing.assert_allclose(decoded, out.reconstruction, rtol=1e-4, atol=1e-4)
     assert decoded.shape == signal.shape
     assert not np.asarray(decoded)[~sensors.valid].any()
@@ -207,16 +219,16 @@ def test_encode_and_decode_are_the_halves_of_the_call(case, made):
 
 def test_codes_do_not_depend_on_the_batch(case, made):
     tokenizer, variables, (signal, sensors) = made
-    whole = apply(tokenizer, variables, signal, sensors, method="encode")
-    for row in range(2):
-        alone = apply(tokenizer, variables, signal[row : row + 1], take(sensors, row), method="encode")
+    whole = tokenizer.call(variables, signal, sensors, method="encode")
+    for row in (0, 7):
+        alone = tokenizer.call(variables, signal[row : row + 1], take(sensors, row), method="encode")
         np.testing.assert_array_equal(alone[0], whole[row])
 
 
 def test_what_is_missing_is_not_read(case, made):
     tokenizer, variables, (signal, sensors) = made
     spoiled = np.where(sensors.valid[:, :, None], signal, 1e4).astype(np.float32)
-    a, b = (apply(tokenizer, variables, given, sensors) for given in (signal, spoiled))
+    a, b = (tokenizer.call(variables, given, sensors) for given in (signal, spoiled))
     np.testing.assert_array_equal(a.codes, b.codes)
     for name in a.losses:
         np.testing.assert_allclose(a.losses[name], b.losses[name], rtol=1e-5)
@@ -229,7 +241,7 @@ def test_channels_are_alone_where_it_says_so(case, made):
     other = signal.copy()
     other[:, 1:] = np.random.default_rng(5).normal(size=other[:, 1:].shape)
     _, frames = tokenizer.grid(case.channels, case.samples)
-    a, b = (apply(tokenizer, variables, given, sensors, method="encode")[:, :frames] for given in (signal, other))
+    a, b = (tokenizer.call(variables, given, sensors, method="encode")[:, :frames] for given in (signal, other))
     np.testing.assert_array_equal(a, b)
 
 
@@ -239,16 +251,16 @@ def test_channels_may_come_in_any_order_where_it_says_so(case, made):
         pytest.skip(f"{case.name} wants its channels in one order")
     order = np.random.default_rng(3).permutation(case.channels)
     moved = jax.tree.map(lambda leaf: leaf[:, order], sensors)
-    codes = np.asarray(apply(tokenizer, variables, signal, sensors, method="encode"))
-    after = np.asarray(apply(tokenizer, variables, signal[:, order], moved, method="encode"))
+    codes = np.asarray(tokenizer.call(variables, signal, sensors, method="encode"))
+    after = np.asarray(tokenizer.call(variables, signal[:, order], moved, method="encode"))
     if tokenizer.CHANNEL_ROWS:
-        codes = codes.reshape(2, case.channels, -1)[:, order].reshape(codes.shape)
+        codes = codes.reshape(8, case.channels, -1)[:, order].reshape(codes.shape)
     np.testing.assert_array_equal(after, codes)
 
 
 def test_every_parameter_learns(case, made):
     tokenizer, variables, (signal, sensors) = made
-    value, grads, _ = step(tokenizer, variables, signal, sensors)
+    value, grads, _ = tokenizer.step(variables, signal, sensors)
     assert np.isfinite(value)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
     for name, leaf in leaves.items():
@@ -258,13 +270,13 @@ def test_every_parameter_learns(case, made):
 
 def test_training_on_eight_devices_is_training_on_one(case, made):
     tokenizer, variables, _ = made
-    signal, sensors = batch(case, 8, seed=1)
-    one = step(tokenizer, variables, signal, sensors)
+    signal, sensors = batch(case, 8)
+    one = tokenizer.step(variables, signal, sensors)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     with jax.set_mesh(mesh):
         whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-        eight = step(tokenizer, whole, *jax.device_put((signal, sensors), split))
+        eight = tokenizer.step(whole, *jax.device_put((signal, sensors), split))
     for path, leaf in jax.tree_util.tree_leaves_with_path(one):
         other = dict(jax.tree_util.tree_leaves_with_path(eight))[path]
         # A gradient that is zero but for rounding rounds in another order.

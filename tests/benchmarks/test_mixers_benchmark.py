@@ -66,6 +66,7 @@ def test_adding_wants_the_sum_of_the_marked():
     assert (weights.sum(1) == weights[:, -1]).all()
 
 
+@pytest.mark.slow
 def test_every_causal_mixer_takes_part_at_equal_size():
     causal = {name for name in MIXERS if True in mixer_class(name).ways}
     assert {name for pattern, _ in mixers.CONTENDERS.values() for name in pattern} == causal

@@ -161,6 +161,7 @@ def train(frozen: Any, devices: int) -> tuple[Any, Any, list[Any]]:
     return first, jax.device_get(state), figures
 
 
+@pytest.mark.slow
 def test_training_leaves_the_tokenizer_as_it_was_on_any_mesh(frozen):
     first, one, figures = train(frozen, 1)
     assert figures[-1]["loss"] < figures[0]["loss"]

@@ -70,6 +70,7 @@ def test_the_residual_rule(unit_residual):
     assert np.abs(pull).max() > 1e-4, "it reaches the input"
 
 
+@pytest.mark.slow
 def test_it_learns(trained):
     _, _, record = trained
     for name, bound in (("amplitude", 0.8), ("phase", 0.97), ("waveform", 0.99)):
@@ -77,6 +78,7 @@ def test_it_learns(trained):
         assert last < bound * first, name
 
 
+@pytest.mark.slow
 def test_sine_and_cosine_come_nearer_to_the_circle(trained):
     tokenizer, variables, _ = trained
     signal, sensors = brain_like((2, len(NAMES), 80), seed=5), electrodes(NAMES)
@@ -91,6 +93,7 @@ def test_sine_and_cosine_come_nearer_to_the_circle(trained):
     assert away(variables) < away({**variables, "params": untrained})
 
 
+@pytest.mark.slow
 def test_the_four_scales_say_different_things(trained):
     tokenizer, variables, _ = trained
     signal = brain_like((4, len(NAMES), 80), seed=6)
@@ -100,6 +103,7 @@ def test_the_four_scales_say_different_things(trained):
         assert (each[:, scale] != each[:, 0]).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_error_falls_with_levels_at_decode_and_codes_alone_are_standardised(trained):
     tokenizer, variables, _ = trained
     signal, sensors = brain_like((8, len(NAMES), 80), seed=7), electrodes(NAMES, 8)

@@ -15,6 +15,13 @@ from zoo.data.recipes import RECIPES
 RECIPE = replace(RECIPES["labram"], notch_hz=(60.0,), sensor_names="nearest", scale="robust", clip=10.0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs share a dataset, compiled programs and runs of other tests: they stay on one worker."""
+    for item in items:
+        if "cache" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("runs"))
+
+
 @pytest.fixture(scope="session")
 def recordings(faces_eeg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two FIF files cut out of the `faces_eeg` sample, events and positions kept."""

@@ -14,33 +14,35 @@ from zoo.types import Array, Sensors
 
 EMBEDDED = KINDS[:3]
 """EEG, magnetometers, gradiometers: rows of the table of kinds."""
-_INIT = nn.initializers.normal(0.02)
 
 
 class SensorEmbedding(nn.Module):
     """Sensors → [B, C, D] float32, for EEG and MEG alike (BrainOmni, 2505.18185, section 3.2, and its code).
 
     y = W₂ selu(W₁ [position, orientation]) + kind, then RMSNorm(y + W₄ selu(W₃ y)). Positions are `standard_positions`;
-    EEG has orientation 0. A channel that is not `described` gets some vector, but no NaN.
+    EEG has orientation 0. A channel that is not `described` gets some vector, but no NaN. Kernels and kinds begin
+    normal with deviation `spread`, as published; for few features that is so little that kinds drown places.
     """
 
     dim: int
+    spread: float = 0.02
 
     @nn.compact
     def __call__(self, sensors: Sensors) -> Float[Array, "B C D"]:
         if self.dim % 2:
             raise ZooError(f"SensorEmbedding dim: got {self.dim}, wanted an even number")
+        init = nn.initializers.normal(self.spread)
         here = described(sensors)
         kind = jnp.where(here, sensors.kind, 0)
         orientation = jnp.where((here & (kind > 0))[..., None], sensors.orientation, 0)
         place = jnp.concatenate([standard_positions(sensors), orientation], axis=-1)
-        hidden = jax.nn.selu(dense(self.dim // 2, (None, "mlp"), bias=True, init=_INIT, name="place_in")(place))
-        y = dense(self.dim, ("mlp", "embed"), bias=True, init=_INIT, name="place_out")(hidden)
-        table = self.param("kind", partitioned(_INIT, None, "embed"), (len(EMBEDDED), self.dim))
+        hidden = jax.nn.selu(dense(self.dim // 2, (None, "mlp"), bias=True, init=init, name="place_in")(place))
+        y = dense(self.dim, ("mlp", "embed"), bias=True, init=init, name="place_out")(hidden)
+        table = self.param("kind", partitioned(init, None, "embed"), (len(EMBEDDED), self.dim))
         # As a matmul with ones and zeros: rows taken of a split table would copy the batch to every device.
         y += jax.nn.one_hot(kind, len(EMBEDDED)) @ table
-        hidden = jax.nn.selu(dense(4 * self.dim, bias=True, init=_INIT, name="in")(y))
-        y += dense(self.dim, ("mlp", "embed"), bias=True, init=_INIT, name="out")(hidden)
+        hidden = jax.nn.selu(dense(4 * self.dim, bias=True, init=init, name="in")(y))
+        y += dense(self.dim, ("mlp", "embed"), bias=True, init=init, name="out")(hidden)
         return norm("rms", name="norm")(y)
 
 

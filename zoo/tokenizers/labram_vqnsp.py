@@ -157,7 +157,7 @@ def _signal(
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "labram_vqnsp_tiny": (
         {"depth": 2, "decoder_depth": 1, "dim": 100, "heads": 4, "conv_features": 4, "codes": 256, "code_dim": 16}
-        | {"commitment": 0.25, "restart_below": 0.5, "table_std": 0.2},
+        | {"commitment": 0.25, "decay": 0.95, "restart_below": 1.0, "table_std": 0.2},
         467_408,
         "its layers' parity; 10,000 steps without a burst of gradients: tests/tokenizers/test_labram_vqnsp.py",
     ),

@@ -314,7 +314,7 @@ _PARITY = (
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "neurorvq_tiny": (
         {"depth": 2, "decoder_depth": 1, "dim": 100, "heads": 4, "conv_features": 4, "mlp_ratio": 2, "levels": 4}
-        | {"codes": 256, "code_dim": 32, "commitment": 0.25, "restart_below": 0.5}
+        | {"codes": 256, "code_dim": 32, "commitment": 0.25, "decay": 0.95, "restart_below": 1.0}
         | {"table_std": 0.2, "unit_residual": True},
         570_008,
         "learns made signals: tests/tokenizers/test_neurorvq.py",
