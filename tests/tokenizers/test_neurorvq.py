@@ -136,6 +136,9 @@ def test_electrodes_the_table_lacks_are_refused():
     tokenizer.check_recording(200.0, ("eeg", "eeg"), ("CZ", "CCP8"))
     with pytest.raises(ZooError, match="NeuroRVQ has no electrode 'M1'"):
         tokenizer.check_recording(200.0, ("eeg",), ("M1",))
+    tokenizer.check_recording(200.0, ("eeg",), ("O9",))
+    with pytest.raises(ZooError, match="NeuroRVQ has no electrode 'O9'"):
+        zoo.create("neurorvq_base", electrodes=105).check_recording(200.0, ("eeg",), ("O9",))
     few = zoo.create("neurorvq_tiny", electrodes=60)
     with pytest.raises(ZooError, match="electrodes: got 60, wanted at least 104"):
         jax.eval_shape(few.init, jax.random.key(0), *few.example())

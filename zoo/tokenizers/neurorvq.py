@@ -66,8 +66,9 @@ FZ IZ LOC O1 O2 OZ P08 P1 P10 P2 P3 P4 P5 P6 P7 P8 P9 PO1 PO10 PO2 PO3 PO4 PO7 P
 T4 T5 T6 T7 T8 T9 TP10 TP7 TP8 TP9
 """
 ELECTRODES: tuple[str, ...] = tuple(_ELECTRODES.split())
-"""Names of the first rows of the electrode table. The CLS token takes row 0 too, as published."""
-_ROWS = np.array([ELECTRODES.index(name) if name in ELECTRODES else -1 for name in NAMES], np.int32)
+"""Published names of the first rows of the electrode table. The CLS token takes row 0 too, as published."""
+ADDED = ("AF9", "AF5", "AF1", "AF2", "AF6", "AF10", "FT9", "FT10", "PO5", "PO6", "O9", "CB1", "CB2", "O10")
+"""Electrodes of the scalp that LaBraM knows and the published names lack, in rows these leave free: ours."""
 
 
 class ScaleConv(nn.Module):
@@ -147,7 +148,7 @@ class NeuroRVQ(SpectralTokenizer):
     """The tokenizer. Q = 4 scales · levels, scale by scale. Fields beside those of `SpectralTokenizer`:
 
     max_patches    the last patch of a window has the last row of the time tables
-    electrodes     rows of the electrode tables; the released weights have 105
+    electrodes     rows of the electrode tables, published names first; the released weights have 105
     levels         codes of each scale, one after the other
     unit_residual  each residual has length one before the next code is taken off it: see `UnitStepQuantizer`
 
@@ -156,7 +157,7 @@ class NeuroRVQ(SpectralTokenizer):
     pull (`UnitStepQuantizer`), means over levels, summed over scales.
     """
 
-    ELECTRODES: ClassVar[tuple[str, ...]] = ELECTRODES
+    ELECTRODES: ClassVar[tuple[str, ...]] = ELECTRODES + ADDED
 
     max_patches: int = 256
     code_dim: int = 128
@@ -253,13 +254,23 @@ class NeuroRVQ(SpectralTokenizer):
         layers = sum(self.transformer(depth).flops(tokens, self.dim) for depth in (self.depth, self.decoder_depth))
         return SCALES * layers + 2.0 * tokens * (conv + heads + books)
 
+    @property
+    def known_electrodes(self) -> tuple[str, ...]:
+        return self.ELECTRODES[: self.electrodes]
+
+    @nn.nowrap
+    def _rows(self) -> np.ndarray:
+        """The row of each of `zoo.sensors.NAMES`, −1 where it has none."""
+        known = self.known_electrodes
+        return np.array([known.index(name) if name in known else -1 for name in NAMES], np.int32)
+
     def _read(
         self, transformer: PatchTransformer, each: Float[Array, "B 4 N D"], sensors: Sensors, train: bool
     ) -> Float[Array, "B 4 N D"]:
         """The transformer over each scale on its own."""
         batch, _, tokens, dim = each.shape
         known = (sensors.name >= 0) & (sensors.kind == KINDS.index("eeg"))
-        rows = jnp.where(known, jnp.asarray(_ROWS)[jnp.maximum(sensors.name, 0)], -1)
+        rows = jnp.where(known, jnp.asarray(self._rows())[jnp.maximum(sensors.name, 0)], -1)
         rows, valid = (jnp.repeat(jnp.asarray(of_channel), SCALES, axis=0) for of_channel in (rows, sensors.valid))
         first = self.max_patches - tokens // rows.shape[1]
         x = each.reshape(batch * SCALES, tokens, dim).astype(self.dtype)

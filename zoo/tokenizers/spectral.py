@@ -78,12 +78,17 @@ class SpectralTokenizer(Tokenizer):
         sensors = Sensors(blank, blank, one, one + NAME_INDEX["CZ"], jnp.ones((1, 1), bool))
         return jnp.zeros((1, 1, self.patch)), sensors
 
+    @property
+    def known_electrodes(self) -> tuple[str, ...]:
+        """Names of the rows of the electrode table."""
+        return self.ELECTRODES
+
     @nn.nowrap
     def check_recording(self, rate_hz: float, kinds: Sequence[str], names: Sequence[str]) -> None:
         """As every tokenizer's, and for a name that the electrode table lacks."""
         super().check_recording(rate_hz, kinds, names)
         for name in names:
-            if name not in self.ELECTRODES:
+            if name not in self.known_electrodes:
                 who = type(self).__name__
                 raise ZooError(f"{who} has no electrode {name!r}; a recipe's sensor_names='nearest' maps by position")
 
