@@ -162,6 +162,7 @@ def test_sizes_are_those_published(variant: str, millions: int):
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) / 1e6) == millions
 
 
+@pytest.mark.slow
 def test_whole_encoder_learns_from_images_of_any_size():
     model = L2ViT(classes=5, dims=(32, 32), depths=(2, 1), window=3, drop_path=0.2)
     image = jnp.asarray(np.random.default_rng(3).standard_normal((2, 22, 17, 3)), jnp.float32)

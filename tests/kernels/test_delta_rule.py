@@ -120,6 +120,7 @@ def test_repeated_keys_are_overwritten_exactly():
     np.testing.assert_allclose(state[0, 0], jnp.outer(key[0, 0, 0], v[0, -1, 0]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_recalls_what_linear_attention_mixes_up():
     """As many orthonormal keys as the state is wide, each written twice: the delta rule recalls the second values."""
     width = 8
@@ -141,6 +142,7 @@ def test_forms_of_the_gate_agree():
     assert_equal({"out": run(none)[0]}, {"out": run(none | {"log_decay": jnp.zeros((4,))})[0]}, 2e-6)
 
 
+@pytest.mark.slow
 def test_chunk_size_does_not_matter():
     arrays = make("channel", time=70)
     small, large = (pull(partial(delta_rule, chunk_size=size, implementation="xla"), arrays) for size in (8, 128))
@@ -191,6 +193,7 @@ def test_step_by_step_equals_parallel(gate):
     np.testing.assert_allclose(state, expected_state, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_same_result_twice():
     op = jax.jit(jax.grad(lambda a: jnp.sum(jnp.square(delta_rule(**a, chunk_size=16)[0]))))
     arrays = make("channel")
@@ -199,6 +202,7 @@ def test_same_result_twice():
         np.testing.assert_array_equal(x, second[name])
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     time=st.integers(1, 70),
@@ -217,6 +221,7 @@ def test_any_shape(time, key, value, group, chunk, gate):
     np.testing.assert_allclose(state, expected_state, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_time():
     """Values and gradients of long recordings: at most six times inputs and outputs."""
     sizes = {}

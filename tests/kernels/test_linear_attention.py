@@ -222,6 +222,7 @@ def test_dtypes_of_results():
     assert {n: g.dtype for n, g in gradients.items()} == {n: x.dtype for n, x in arrays.items()}
 
 
+@pytest.mark.slow
 def test_vmap():
     arrays = {name: jnp.stack([x, 2 * x]) for name, x in make("channel").items()}
     op = partial(linear_attention, chunk_size=16)
@@ -230,6 +231,7 @@ def test_vmap():
     assert_equal(looped, mapped, 2e-6)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_time():
     """Values and gradients of long recordings: at most six times inputs and outputs."""
     sizes = {}

@@ -141,6 +141,7 @@ def test_values_and_gradients_in_float32(groups, packed):
     assert_within_rule(exact, blocks, kernels, floor=1e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_stays_near():
     """With the lists it chooses itself: rounded means may weigh blocks another way."""
     arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arguments())

@@ -125,6 +125,7 @@ def test_blocks_of_any_size(size, monkeypatch):
     check_roughly(arguments(), blocks=lists(2, block=size), block_size=size, segment_ids=segments())
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     time=st.integers(1, 40),
@@ -315,6 +316,7 @@ def test_routes(queries, choices, count, slots, packed, monkeypatch):
                 assert (routes.block[tile], routes.query[tile, place]) == (blocks[query, n], query)
 
 
+@pytest.mark.slow
 def test_temporary_memory_grows_with_time(monkeypatch):
     """Not with its square, and less than the queries once for each choice, their results and gradients."""
     monkeypatch.undo()

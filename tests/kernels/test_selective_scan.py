@@ -193,6 +193,7 @@ def test_same_result_twice_bit_for_bit():
         np.testing.assert_array_equal(first[name], second[name])
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.booleans())
 def test_any_shape(batch, time, features, states, packed):

@@ -65,6 +65,7 @@ def test_masks_everywhere(kind, dtype, groups, packed):
     check(arguments(groups=groups, dtype=dtype), MASKS[kind], regions() if packed else None)
 
 
+@pytest.mark.slow
 def test_queries_that_see_nothing():
     """Of compressed keys, fewer than there are queries, the first few see none: zeros, and no gradient."""
     got = check(arguments(70, 16, groups=1), Compressed(8, 4))
@@ -103,6 +104,7 @@ def test_arguments_of_different_dtypes():
     assert set(got) == {"out", "log_normalizer", "d_q", "d_k", "d_v"}
 
 
+@pytest.mark.slow
 def test_the_same_twice_and_nothing_of_what_is_skipped():
     """NaN in keys that no query sees reaches nothing, here by a map known only when the program runs; same bits twice.
 

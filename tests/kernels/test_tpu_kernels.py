@@ -112,6 +112,7 @@ def test_delta_rule_everywhere(gate, dtype, packed, heads):
     check(delta_rule, cast(make(delta_rule, gate, heads, batch=2), dtype), segment_ids=segments(packed, batch=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "gate"), [(linear_attention, "channel"), (delta_rule, "token")])
 def test_strong_gates_and_the_same_twice(op, gate):
     """Gates of -20 and -1e4 among weak ones: nothing overflows; and every bit is the same in a second run."""
@@ -124,6 +125,7 @@ def test_strong_gates_and_the_same_twice(op, gate):
         np.testing.assert_array_equal(x, second[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_repeated_keys():
     """One key over and over: the inverse of the system stays small where the powers of its matrix do not."""
     arrays = make(delta_rule, "none", (1, 1, 1))

@@ -77,6 +77,7 @@ def test_layers_apart_equal_layers_scanned():
     assert outs.shape == (4, 2, 6, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots"])
 @pytest.mark.parametrize("scan", [True, False])
 def test_recomputation_changes_nothing_but_memory(remat, scan):

@@ -198,6 +198,7 @@ def test_states_and_signs_of_a_simulated_network_are_recovered():
     assert (np.sign(w) == signs)[strong].all()
 
 
+@pytest.mark.slow
 def test_recordings_are_fitted_side_by_side():
     spikes = jnp.asarray(np.random.default_rng(7).poisson(0.7, (2, 1, 40, 3)), jnp.float32)
     begin = quick(jax.vmap(partial(hg.initial_model, neurons=3, states=2, lags=2)))

@@ -172,6 +172,7 @@ def test_kda_whose_channels_fade_alike_is_gated_deltanet():
     close(run(kda, shared, x), run(gated, weights, x))
 
 
+@pytest.mark.slow
 def test_bounded_decays_of_kda():
     mixer = KDA(DIM, heads=HEADS, lowest_decay=-5.0)
     assert not nn.unbox(mixer.init(jax.random.key(0), jnp.zeros((1, 1, DIM))))["params"]["A_log"].any()

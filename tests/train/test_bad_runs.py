@@ -106,6 +106,7 @@ def test_a_checkpoint_with_a_missing_file(refused, straight, folder, monkeypatch
     assert metrics(folder) == before
 
 
+@pytest.mark.slow
 def test_another_models_checkpoint(refused, straight, folder):
     go_on_elsewhere(straight, folder, 20)
     said = refused("--task.options.depth", "3")

@@ -145,6 +145,7 @@ def test_a_transfer_nobody_asked_for_is_an_error(tmp_path):
         train(tmp_path, sink=Sink(lambda step: jnp.zeros(3) + np.ones(3)))
 
 
+@pytest.mark.slow
 def test_a_trace_of_ten_steps(tmp_path):
     train(tmp_path, profile=True)
     traces = list((tmp_path / "toy/profile").rglob("*.xplane.pb"))
