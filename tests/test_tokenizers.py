@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import zoo
 from zoo.errors import ZooError
 from zoo.sensors import KINDS, NAME_INDEX
+from zoo.train.config import Mesh, Rules
+from zoo.train.mesh import logical_rules, make_mesh, parameter_shardings
 from zoo.types import Sensors
 
 NAMES = ("FP1", "FP2", "F3", "F4", "C3", "C4", "O1", "O2")
@@ -285,6 +288,17 @@ def test_training_on_eight_devices_is_training_on_one(case, made):
         np.testing.assert_allclose(
             np.asarray(other, np.float32), leaf, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path)
         )
+
+
+def test_the_training_loop_can_lay_it_out(case, made):
+    tokenizer, _, given = made
+    mesh, rules = make_mesh(Mesh(data=2, fsdp=2, tensor=2)), Rules()
+    keys = {"params": jax.random.key(0), "codes": jax.random.key(1)}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
+        variables = jax.eval_shape(tokenizer.init, keys, *given)
+    shardings = parameter_shardings(variables, rules, mesh)
+    parameters = jax.tree.leaves(shardings.get("params", {}))
+    assert not parameters or not all(each.is_fully_replicated for each in parameters)
 
 
 def test_what_it_cannot_take_is_refused(case, made):

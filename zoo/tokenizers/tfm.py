@@ -58,10 +58,10 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead N P"]) -> Float[Array, "*lead N D"]:
-        for layer, width in enumerate((self.dim, self.dim, self.features), start=1):
-            inputs = x.shape[-1]
-            axes = (None if layer == 1 else "embed", "embed" if layer < 3 else None)
-            bias = like_torch_bias(inputs)
+        widths = (self.dim, self.dim, self.features)
+        sides = ((None, "embed"), ("embed", "mlp"), ("mlp", None))
+        for layer, (width, axes) in enumerate(zip(widths, sides, strict=True), start=1):
+            bias = like_torch_bias(x.shape[-1])
             x = dense(
                 width, axes, bias=True, init=LIKE_TORCH, bias_init=bias, dtype=self.dtype, name=f"linear_{layer}"
             )(x)
