@@ -49,8 +49,8 @@ CASES = (
         3,
         80,
         {"codes": 16, "code_dim": 8, "patch": 40, "conv_features": 8, "dim": 40, "heads": 2, "mlp_ratio": 1}
-        # Of k-means on these few vectors many would be alone with their code, and leave nothing but rounding.
-        | {"levels": 2, "max_patches": 4, "kmeans": 0},
+        # A code that is one of these few vectors, by k-means or restart, leaves nothing but rounding to the next level.
+        | {"levels": 2, "max_patches": 4, "kmeans": 0, "restart_below": 0.0},
         wrong_windows=((60, "60 samples, wanted 1 to 4 patches of 40"), (200, "200 samples")),
     ),
     Case(
@@ -273,7 +273,8 @@ def test_every_parameter_learns(case, made):
 
 def test_training_on_eight_devices_is_training_on_one(case, made):
     tokenizer, variables, _ = made
-    signal, sensors = batch(case, 8)
+    # Not the batch that codes may have been taken from: what they leave of it is rounding, in another order.
+    signal, sensors = batch(case, 8, seed=1)
     one = tokenizer.step(variables, signal, sensors)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -282,11 +283,12 @@ def test_training_on_eight_devices_is_training_on_one(case, made):
         eight = tokenizer.step(whole, *jax.device_put((signal, sensors), split))
     for path, leaf in jax.tree_util.tree_leaves_with_path(one):
         other = dict(jax.tree_util.tree_leaves_with_path(eight))[path]
+        # Sums in another order; rotations to codes lengthen gradients, and their rounding, up to tenfold.
         # A gradient that is zero but for rounding rounds in another order.
         least = 1e-2 if jax.tree_util.keystr(path[1:]).startswith(case.still) else 1e-3
         scale = max(np.abs(np.asarray(leaf, np.float32)).max(), least)
         np.testing.assert_allclose(
-            np.asarray(other, np.float32), leaf, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path)
+            np.asarray(other, np.float32), leaf, atol=5e-4 * scale, err_msg=jax.tree_util.keystr(path)
         )
 
 

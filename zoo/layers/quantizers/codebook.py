@@ -30,6 +30,8 @@ from zoo.types import Array
 
 LEARNING = ("ema", "gradient")
 ESTIMATORS = ("straight_through", "rotation")
+LARGEST_RATIO = 10.0
+"""By which the rotation trick lengthens a gradient at most."""
 
 
 class VectorQuantizer(Quantizer):
@@ -228,11 +230,15 @@ def _flat(x: Array, valid: Array | None) -> tuple[Array, Array]:
 
 
 def _rotated(x: Array, value: Array) -> Array:
-    """`value` as a constant rotation and scaling of x: gradients keep their angle to it (2410.06424, equation 5)."""
+    """`value` as a constant rotation and scaling of x: gradients keep their angle to it (2410.06424, equation 5).
+
+    The scaling of gradients ends at `LARGEST_RATIO`, where the paper's does not end: of a residual that is next to
+    nothing, which a code taken from the data leaves, it would make gradients of 10⁷.
+    """
     length = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
     ratio = jnp.linalg.norm(value, axis=-1, keepdims=True) / length
     here, there = lax.stop_gradient(unit(x)), unit(value)
     half = lax.stop_gradient(unit(here + there))
     turned = x - 2 * jnp.sum(x * half, -1, keepdims=True) * half + 2 * jnp.sum(x * here, -1, keepdims=True) * there
     # The sum of the two is `value` to the last bit but one, whatever the rounding of the rotation.
-    return straight_through(lax.stop_gradient(ratio) * turned, value)
+    return straight_through(lax.stop_gradient(jnp.minimum(ratio, LARGEST_RATIO)) * turned, value)
