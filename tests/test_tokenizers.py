@@ -116,8 +116,15 @@ CASES = (
 )
 
 
+SLOW = ("dewave_word_tiny", "dewave_raw_tiny", "quantile")
+"""Cases that the default run leaves to `-m slow`: transformers and levels like those of the others."""
 # A case's tests share what was compiled, so they stay on one worker.
-GROUPED = [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES]
+GROUPED = [
+    pytest.param(
+        case, id=case.name, marks=[pytest.mark.xdist_group(case.name), *[pytest.mark.slow] * (case.name in SLOW)]
+    )
+    for case in CASES
+]
 
 
 @pytest.fixture(params=GROUPED, scope="module")
