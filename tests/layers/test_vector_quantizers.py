@@ -156,6 +156,18 @@ def test_codes_learned_by_gradient_are_drawn_to_their_vectors():
     np.testing.assert_array_equal(to_x, x)
 
 
+def test_the_rotation_trick_lengthens_a_gradient_tenfold_at_most():
+    quantizer = VectorQuantizer(1, 3, estimator="rotation")
+    code = jnp.asarray([[0.0, 0.0, 2.0]])
+
+    @jax.jit
+    def slope(x):
+        return jax.grad(lambda x: quantizer.passed(x, code)[0, 2])(x)
+
+    for length, ratio in ((1.0, 2.0), (0.25, 8.0), (1e-7, 10.0)):
+        np.testing.assert_allclose(np.linalg.norm(slope(jnp.asarray([[length, 0.0, 0.0]]))), ratio, rtol=1e-5)
+
+
 def test_the_rotation_trick_keeps_the_angle_of_a_gradient():
     vq = EMA.copy(estimator="rotation")
     x, pull = rows(2, 5, 6), rows(2, 5, 6, seed=3)
