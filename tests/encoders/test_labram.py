@@ -279,7 +279,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (399, 5, None, "patches of 200 samples, got 399"),
         (0, 5, None, "got 0 samples"),
         (3400, 5, None, "1 to 16 patches of 200 samples, got 3400"),
-        (400, 4, None, r"sensors for \(2, 5\) channels, got \(2, 4\)"),
+        (400, 4, None, r"got sensors of \[2, 4\] for a signal of \[2, 5, 400\]"),
         (400, 5, (2, 2, 5), r"mask of shape \(2, 5, 2\), got \(2, 2, 5\)"),
     ],
 )

@@ -19,13 +19,14 @@ Where this differs from the official code:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from zoo.encoders.encoder import Encoder, LinearHead, blank
 from zoo.errors import ZooError
 from zoo.layers.parameters import norm, partitioned
 from zoo.layers.patch_transformer import PatchTransformer, TemporalConv
@@ -37,7 +38,7 @@ ROWS = 129
 """Rows of the electrode table: row 0 is CLS, row 1 + i the i-th of LaBraM's names; the last 8 of its 136 do not fit."""
 
 
-class LaBraM(nn.Module):
+class LaBraM(Encoder):
     """The LaBraM encoder.
 
     depth, dim, heads    layers, features, attention heads; dim must be patch/8 · conv_features
@@ -67,6 +68,18 @@ class LaBraM(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
+    TAKES: ClassVar[tuple[str, ...]] = ("eeg",)
+
+    @property
+    def sampling_rate(self) -> float:
+        """Hz of the published patches of 200 samples a second; where `patch` is another, so is a second."""
+        return float(self.patch)
+
+    @property
+    def features(self) -> int:
+        """D of its pooled vector."""
+        return self.dim
+
     @nn.compact
     def __call__(
         self,
@@ -74,6 +87,7 @@ class LaBraM(nn.Module):
         sensors: Sensors,
         *,
         mask: Bool[AnyArray, "B _ _"] | None = None,
+        subject: Int[AnyArray, " B"] | None = None,
         train: bool = False,
     ) -> Encoded:
         """signal [B, C, T] (µV/100, 200 Hz) → Encoded, N = C·A tokens, channel-major (all patches of channel 0 first).
@@ -84,11 +98,12 @@ class LaBraM(nn.Module):
         sensors or mask have another shape, or when an option is out of range.
         """
         self._check_options()
-        self._check_shapes(signal, sensors, mask)
+        signal = self.present(signal, sensors)
+        self._check_window(signal, mask)
         batch, channels, samples = signal.shape
         count = samples // self.patch
         valid = jnp.repeat(sensors.valid, count, axis=1)
-        patches = jnp.where(valid[..., None], signal.reshape(batch, channels * count, self.patch), 0)
+        patches = signal.reshape(batch, channels * count, self.patch)
 
         embed = TemporalConv(self.conv_features, self.per_patch_norm, self.dtype, name="embed_patch")
         x = nn.with_logical_constraint(embed(patches, valid), ("batch", "tokens", None))
@@ -116,11 +131,14 @@ class LaBraM(nn.Module):
         return float(conv) + self._body().flops(tokens, self.dim)
 
     @nn.nowrap
+    def head(self, classes: int) -> nn.Module:
+        """A linear map that begins a thousandth as large as the others, as in fine-tuning."""
+        return LinearHead(classes, 0.001)
+
+    @nn.nowrap
     def example(self) -> tuple[Array, Sensors]:
         """The smallest input, one patch of one electrode of one example."""
-        blank = jnp.zeros((1, 1, 3))
-        one = jnp.zeros((1, 1), jnp.int32)
-        return jnp.zeros((1, 1, self.patch)), Sensors(blank, blank, one, one, jnp.ones((1, 1), bool))
+        return blank(LABRAM_NAMES[:1], self.patch)
 
     @nn.nowrap
     def check_sensors(self, names: Sequence[str]) -> None:
@@ -152,14 +170,12 @@ class LaBraM(nn.Module):
                 f"got dim {self.dim}, patch {self.patch}, conv_features {self.conv_features}"
             )
 
-    def _check_shapes(self, signal: AnyArray, sensors: Sensors, mask: AnyArray | None) -> None:
+    def _check_window(self, signal: AnyArray, mask: AnyArray | None) -> None:
         batch, channels, samples = signal.shape
         if samples % self.patch or not 0 < samples // self.patch <= self.max_patches:
             raise ZooError(
                 f"LaBraM wants 1 to {self.max_patches} patches of {self.patch} samples, got {samples} samples"
             )
-        if sensors.valid.shape != (batch, channels):
-            raise ZooError(f"LaBraM wants sensors for {(batch, channels)} channels, got {sensors.valid.shape}")
         if mask is not None and mask.shape != (batch, channels, samples // self.patch):
             raise ZooError(f"LaBraM wants a mask of shape {(batch, channels, samples // self.patch)}, got {mask.shape}")
 

@@ -1,17 +1,91 @@
-"""The short causal convolution before a recurrence."""
+"""Convolutions: any, as PyTorch has them, and the short causal one before a recurrence."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kernels.packing import runs
-from zoo.layers.parameters import LIKE_TORCH, partitioned
+from zoo.layers.devices import on_devices
+from zoo.layers.parameters import LIKE_TORCH, like_torch_bias, partitioned
 from zoo.types import Array
+
+
+class Convolution(nn.Module):
+    """[B, *space, F] → [B, *space', features], over one or two axes: PyTorch's Conv1d and Conv2d, last axis first.
+
+    Under a mesh each device convolves its own examples. The kernel is [*widths, F / groups, features].
+
+    widths       of the kernel, one an axis
+    strides, dilations, paddings
+                 one an axis; padding is (before, after), a number for both, or all of it "same", the odd one after
+    groups       how many sets of features do not see each other; F makes it depthwise, features · f to feature f
+    max_norm     largest norm of the kernel of an output: it is used scaled down to that (EEGNet's constraint); 0: none
+    kernel_init, bias_init
+                 as PyTorch's begin unless given
+    """
+
+    features: int
+    widths: Sequence[int]
+    strides: Sequence[int] = ()
+    dilations: Sequence[int] = ()
+    paddings: str | Sequence[int | tuple[int, int]] = ()
+    groups: int = 1
+    bias: bool = True
+    max_norm: float = 0.0
+    kernel_init: Any = LIKE_TORCH
+    bias_init: Any = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *space F"]) -> Float[Array, "B *spaces G"]:
+        axes, inputs = len(self.widths), x.shape[-1] // self.groups
+        shape = (*self.widths, inputs, self.features)
+        kernel = self.param("kernel", partitioned(self.kernel_init, *[None] * len(shape)), shape)
+        if self.max_norm:
+            kernel = limited(kernel, self.max_norm, tuple(range(axes + 1)))
+        letters = "HW"[:axes]
+        options: dict[str, Any] = {
+            "window_strides": tuple(self.strides) or (1,) * axes,
+            "padding": self._padding(),
+            "rhs_dilation": tuple(self.dilations) or (1,) * axes,
+            "feature_group_count": self.groups,
+            "dimension_numbers": (f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        }
+        # Left to the compiler, kernels of grouped convolutions over split batches get wrong gradients (jaxlib 0.10).
+        y = on_devices(
+            lambda x, kernel: lax.conv_general_dilated(x, kernel, **options),
+            (x.astype(self.dtype), kernel.astype(self.dtype)),
+            (("batch", *[None] * (axes + 1)), (None,) * (axes + 2)),
+            ("batch", *[None] * (axes + 1)),
+        )
+        if self.bias:
+            init = self.bias_init or like_torch_bias(inputs * math.prod(self.widths))
+            y = y + self.param("bias", partitioned(init, None), (self.features,)).astype(self.dtype)
+        return y
+
+    def _padding(self) -> list[tuple[int, int]]:
+        spans = [
+            (width - 1) * dilation
+            for width, dilation in zip(self.widths, tuple(self.dilations) or (1,) * len(self.widths), strict=True)
+        ]
+        if self.paddings == "same":
+            return [(span // 2, span - span // 2) for span in spans]
+        given = tuple(self.paddings) or (0,) * len(spans)
+        return [each if isinstance(each, tuple) else (int(each), int(each)) for each in given]
+
+
+def limited(kernel: Float[Array, "*shape"], most: float, axes: Sequence[int]) -> Float[Array, "*shape"]:
+    """The kernel, scaled down where its norm over `axes` is above `most`."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(axes), keepdims=True) + 1e-24)
+    return kernel * jnp.minimum(1.0, most / norm)
 
 
 class ShortConvolution(nn.Module):
