@@ -23,8 +23,8 @@ def test_every_variant_takes_its_example_and_has_the_parameters_of_its_card(name
     variables = jax.eval_shape(model.init, keys, *given)
     out = jax.eval_shape(model.apply, variables, *given)
     if isinstance(out, Encoded):
-        batch, tokens, features = out.tokens.shape
-        assert out.pooled.shape == (batch, features)
+        batch, tokens, _ = out.tokens.shape
+        assert out.pooled.shape == (batch, model.features)
         assert out.valid.shape == (batch, tokens)
         assert batch == given[0].shape[0]
     elif isinstance(out, Tokenized):
