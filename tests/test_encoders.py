@@ -58,6 +58,25 @@ CASES = (
         patch=40,
         wrong_windows=((60, "1 to 16 patches of 40 samples, got 60 samples"),),
     ),
+    Case(
+        "rbtransformer_tiny",
+        4,
+        80,
+        {"channels": NAMES[:4], "rate": 200.0, "dim": 16, "depth": 2, "heads": 2, "width": 16, "hidden": 16},
+        wrong_windows=((10, "has no frequency in it"),),
+    ),
+    Case(
+        "tfm_encoder_tiny",
+        3,
+        500,
+        {
+            "channels": NAMES[:3],
+            "depth": 1,
+            "tokenizer_options": {"iterations": 1, "decoder_layers": 1, "codes": 32},
+            "codes": 32,
+        },
+        wrong_windows=((450, "got a window of 450 samples"),),
+    ),
 )
 
 SLOW: tuple[str, ...] = ()

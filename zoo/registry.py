@@ -16,8 +16,11 @@ from zoo.types import Variables
 
 MODULES = (
     "zoo.encoders.codes",
+    "zoo.encoders.iclabel",
     "zoo.encoders.labram",
+    "zoo.encoders.rbtransformer",
     "zoo.encoders.sequence",
+    "zoo.encoders.tfm",
     "zoo.tokenizers.brainomni",
     "zoo.tokenizers.dewave",
     "zoo.tokenizers.du_in",
@@ -82,7 +85,9 @@ def create(name: str, **options: Any) -> nn.Module:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)
             raise ZooError(f"{name} has no option {option!r}; the nearest is {near[0]!r}")
-    return found.constructor(**{**found.options, **options})
+    # A module of its own, also where another module's method asks for it.
+    alone = {"parent": None} if known else {}
+    return found.constructor(**{**found.options, **options, **alone})
 
 
 def load(name: str | Path) -> tuple[nn.Module, Variables]:

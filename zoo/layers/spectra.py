@@ -6,6 +6,8 @@ no frame are left out: A = ⌊(T − W) / hop⌋ + 1 frames of W // 2 + 1 bins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +77,26 @@ def griffin_lim(
 
     start = magnitude * np.exp(1j * drawn).astype(np.complex64)
     return inverse_stft(jax.lax.fori_loop(0, iterations, step, start), taper, hop)
+
+
+def band_variance(
+    x: Float[Array, "*lead T"], rate_hz: float, bands: Sequence[tuple[float, float]]
+) -> Float[Array, "*lead F"]:
+    """Variance of what a window has in each band, lower ≤ f < upper Hz: the sum of its power there (Parseval). Float32.
+
+    Raises ZooError for a band that holds no frequency of the window's Fourier transform.
+    """
+    samples = x.shape[-1]
+    frequency = np.fft.rfftfreq(samples, 1 / rate_hz)
+    inside = np.array([(lower <= frequency) & (frequency < upper) & (frequency > 0) for lower, upper in bands])
+    for band, found in zip(bands, inside, strict=True):
+        if not found.any():
+            raise ZooError(
+                f"band {band[0]:g} to {band[1]:g} Hz: a window of {samples} samples at {rate_hz:g} Hz has no frequency "
+                f"in it; its frequencies are {rate_hz / samples:g} Hz apart, up to {rate_hz / 2:g} Hz"
+            )
+    # Every frequency but the last of an even window stands for its negative too.
+    twice = np.where((np.arange(len(frequency)) * 2 == samples), 1.0, 2.0)
+    share = (inside * twice / samples**2).astype(np.float32)
+    bins = jnp.fft.rfft(x.astype(jnp.float32))
+    return (jnp.square(bins.real) + jnp.square(bins.imag)) @ share.T
