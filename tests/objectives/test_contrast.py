@@ -13,7 +13,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from zoo.errors import ZooError
-from zoo.objectives.contrast import ContrastHead, clip_loss, info_nce, retrieval, siglip_loss, similarities
+from zoo.objectives.contrast import (
+    ContrastHead,
+    candidate_scores,
+    clip_loss,
+    info_nce,
+    nt_xent,
+    retrieval,
+    siglip_loss,
+    similarities,
+    soft_clip_loss,
+)
 
 ROWS, WIDTH = 8, 5
 VALID = np.arange(ROWS) % 3 != 1
@@ -101,3 +111,55 @@ def test_what_does_not_fit_is_refused():
         ContrastHead(WIDTH, "triplet").init(jax.random.key(0), ours, theirs)
     with pytest.raises(ZooError, match="got targets of 5 numbers, wanted 7"):
         ContrastHead(7).init(jax.random.key(0), ours, theirs)
+
+
+def cross_entropy(logits: np.ndarray, wanted: np.ndarray) -> float:
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return float(-(wanted * log_probs).sum(1).mean())
+
+
+def test_soft_targets_share_an_answer_among_like_targets():
+    ours, theirs = pairs()
+    logits, likeness = np.asarray(similarities(ours, theirs)) * 3, np.asarray(similarities(theirs, theirs)) * 4
+    for rows in (np.ones(ROWS, bool), VALID):
+        there, like = logits[rows][:, rows].astype(float), likeness[rows][:, rows].astype(float)
+        wanted = np.exp(like) / np.exp(like).sum(1, keepdims=True)
+        by_hand = (cross_entropy(there, wanted) + cross_entropy(there.T, wanted)) / 2
+        np.testing.assert_allclose(soft_clip_loss(logits, likeness, rows), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(soft_clip_loss(logits, 1e4 * np.eye(ROWS)), clip_loss(logits), rtol=1e-5)
+    gradient = jax.grad(lambda logits: soft_clip_loss(logits, likeness, VALID))(logits)
+    assert np.isfinite(gradient).all()
+    assert not np.asarray(gradient)[~VALID].any()
+
+
+def test_two_views_find_each_other():
+    one, other = pairs()
+    for rows in (np.ones(ROWS, bool), VALID):
+        both = np.concatenate([one[rows], other[rows]]).astype(float)
+        both /= np.linalg.norm(both, axis=1, keepdims=True)
+        logits, count = both @ both.T / 0.2, len(both)
+        np.fill_diagonal(logits, -np.inf)
+        pair = (np.arange(count) + count // 2) % count
+        by_hand = np.mean([np.log(np.exp(row).sum()) - row[pair[i]] for i, row in enumerate(logits)])
+        np.testing.assert_allclose(nt_xent(one, other, rows), by_hand, rtol=1e-5)
+    assert nt_xent(one, one, temperature=0.05) < 0.1 < nt_xent(one, other, temperature=0.05)
+
+
+def test_candidates_alone_have_length_one():
+    ours, theirs = (each.reshape(ROWS, 1, WIDTH) for each in pairs())
+    scores = candidate_scores(ours, theirs)
+    wanted = np.einsum("ict,jct->ij", ours, theirs) / np.linalg.norm(theirs[:, 0], axis=1)
+    np.testing.assert_allclose(scores, wanted, rtol=1e-5)
+    np.testing.assert_allclose(candidate_scores(ours, 7 * theirs), scores, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(candidate_scores(2 * ours, theirs), 2 * scores, rtol=1e-5)
+
+
+def test_rows_of_one_segment_are_no_wrong_answers_for_each_other():
+    logits = 3 * np.asarray(similarities(*pairs())).astype(float)
+    segment = np.array([0, 1, 2, 0, 4, 5, 0, 7])
+    each = []
+    for i in range(ROWS):
+        others = [j for j in range(ROWS) if j == i or segment[j] != segment[i]]
+        each.append(np.log(np.exp(logits[i, others]).sum()) - logits[i, i])
+    np.testing.assert_allclose(info_nce(logits, segment=segment), np.mean(each), rtol=1e-5)
+    np.testing.assert_allclose(info_nce(logits, segment=np.arange(ROWS)), info_nce(logits), rtol=1e-6)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from zoo.errors import ZooError
 from zoo.layers.parameters import dense, partitioned
@@ -24,6 +24,9 @@ from zoo.types import AnyArray, Array
 
 MAX_SCALE = 100.0
 """The largest factor of similarities that CLIP's training lets through."""
+ABSENT = -1e30
+"""Logit of what may not be chosen. Not −inf: a row that is not there would have no answer at all, and NaN for a
+gradient."""
 
 
 def similarities(
@@ -34,20 +37,85 @@ def similarities(
     return unit(ours) @ unit(theirs).T if cosine else ours @ theirs.T
 
 
-def info_nce(logits: Float[AnyArray, "B B"], valid: Bool[AnyArray, " B"] | None = None) -> Float[Array, ""]:
+def candidate_scores(ours: Float[AnyArray, "B ..."], theirs: Float[AnyArray, "M ..."]) -> Float[Array, "B M"]:
+    """Products with candidates of length one: what speech is found by (Défossez et al., 2208.12266, §2.2).
+
+    Only candidates are brought to length one, over all their axes together, so ours keep a confidence of their own.
+    With `info_nce` this is the one-directional loss of that work, which has no temperature.
+    """
+    flat = [jnp.asarray(each, jnp.float32).reshape(len(each), -1) for each in (ours, theirs)]
+    return flat[0] @ unit(flat[1]).T
+
+
+def info_nce(
+    logits: Float[AnyArray, "B B"],
+    valid: Bool[AnyArray, " B"] | None = None,
+    *,
+    segment: Int[AnyArray, " B"] | None = None,
+) -> Float[Array, ""]:
     """Mean over rows of −log softmax_j(logits_ij) at j = i (van den Oord et al., 1807.03748, equation 4).
 
-    valid: rows that are there; the others are neither asked nor an answer. 0 where none is.
+    valid    rows that are there; the others are neither asked nor an answer. 0 where none is
+    segment  which stimulus each row belongs to: another row of the same one is no wrong answer, and is left out
     """
     valid = jnp.ones(len(logits), bool) if valid is None else jnp.asarray(valid)
-    # Not −inf: a row that is not there would have no answer at all, and NaN for a gradient.
-    log_probs = jax.nn.log_softmax(jnp.where(valid, logits, -1e30), axis=-1)
+    asked = jnp.broadcast_to(valid, logits.shape)
+    if segment is not None:
+        segment = jnp.asarray(segment)
+        asked &= (segment[:, None] != segment) | jnp.eye(len(logits), dtype=bool)
+    log_probs = jax.nn.log_softmax(jnp.where(asked, logits, ABSENT), axis=-1)
     return -jnp.sum(jnp.diagonal(log_probs), where=valid) / jnp.maximum(valid.sum(), 1)
 
 
 def clip_loss(logits: Float[AnyArray, "B B"], valid: Bool[AnyArray, " B"] | None = None) -> Float[Array, ""]:
     """Half of `info_nce` one way and half the other (Radford et al., 2103.00020, figure 3). At first about ln B."""
     return 0.5 * (info_nce(logits, valid) + info_nce(logits.T, valid))
+
+
+def soft_clip_loss(
+    logits: Float[AnyArray, "B B"], likeness: Float[AnyArray, "B B"], valid: Bool[AnyArray, " B"] | None = None
+) -> Float[Array, ""]:
+    """Cross-entropy of softmax(logits) with softmax(likeness), half one way and half the other.
+
+    likeness  similarities of the targets among themselves over their temperature, such as
+              `similarities(targets, targets) / 0.1`: targets that are alike may be taken for each other
+    valid     rows that are there
+
+    Source: SoftCLIP as MindEye trains it (Scotti et al., 2305.18274, equation 3). Where targets are like none but
+    themselves it is `clip_loss`.
+    """
+    valid = jnp.ones(len(logits), bool) if valid is None else jnp.asarray(valid)
+    wanted = jax.nn.softmax(jnp.where(valid, likeness, ABSENT), axis=-1)
+
+    def one_way(logits: Array) -> Array:
+        log_probs = jax.nn.log_softmax(jnp.where(valid, logits, ABSENT), axis=-1)
+        # Where a row is not there −1e30 meets a share of 0.
+        each = jnp.sum(wanted * jnp.where(valid, log_probs, 0), axis=-1)
+        return -jnp.sum(each, where=valid) / jnp.maximum(valid.sum(), 1)
+
+    return 0.5 * (one_way(jnp.asarray(logits)) + one_way(jnp.asarray(logits).T))
+
+
+def nt_xent(
+    one: Float[AnyArray, "B F"],
+    other: Float[AnyArray, "B F"],
+    valid: Bool[AnyArray, " B"] | None = None,
+    *,
+    temperature: float = 0.2,
+) -> Float[Array, ""]:
+    """Two views of every row: each of the 2B looks for its other view among all that are not itself.
+
+    Mean over rows of −log softmax of cosines / temperature (Chen et al., SimCLR, 2002.05709, equation 1). About
+    ln(2B − 1) at first. valid: rows that are there, in both views.
+    """
+    count = len(one)
+    valid = jnp.tile(jnp.ones(count, bool) if valid is None else jnp.asarray(valid), 2)
+    both = jnp.concatenate([jnp.asarray(one, jnp.float32), jnp.asarray(other, jnp.float32)])
+    asked = valid & ~jnp.eye(2 * count, dtype=bool)
+    log_probs = jax.nn.log_softmax(jnp.where(asked, similarities(both, both) / temperature, ABSENT), axis=-1)
+    counterpart = jnp.roll(jnp.arange(2 * count), count)
+    found = jnp.take_along_axis(log_probs, counterpart[:, None], axis=1)[:, 0]
+    return -jnp.sum(found, where=valid) / jnp.maximum(valid.sum(), 1)
 
 
 def siglip_loss(logits: Float[AnyArray, "B B"], valid: Bool[AnyArray, " B"] | None = None) -> Float[Array, ""]:
