@@ -50,6 +50,16 @@ def test_permuted_tokens_give_permuted_outputs(made):
     np.testing.assert_allclose(apply(variables, x[:, order]), apply(variables, x)[:, order], atol=1e-6)
 
 
+def test_tokens_that_are_not_there_are_as_if_never_given(made):
+    model, variables, x = made
+    valid = np.array([[True, False, True, True, False], [True] * 5])
+    spoiled = np.where(valid[..., None], x, 1e3).astype(np.float32)
+    seen = jax.jit(model.apply)(variables, spoiled, valid)
+    fewer = jax.jit(model.apply)(variables, x[:1, valid[0]])
+    np.testing.assert_allclose(seen[0, valid[0]], fewer[0], atol=1e-6)
+    np.testing.assert_allclose(seen[1], jax.jit(model.apply)(variables, x)[1], atol=1e-6)
+
+
 def test_only_training_drops(made):
     model, variables, x = made
     given = model.apply(variables, jax.numpy.asarray(x), train=True, rngs={"dropout": jax.random.key(1)})

@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from zoo.errors import ZooError
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, merge_heads, norm, split_heads
-from zoo.types import Array
+from zoo.types import AnyArray, Array
 
 
 class LinearTransformer(nn.Module):
@@ -22,7 +22,7 @@ class LinearTransformer(nn.Module):
 
     Queries are a softmax over their features, divided by √K; keys a softmax over the tokens; what a token gets is its
     query times Σ keyᵀ value. Every token sees every other and there are no positions: permuted tokens give the outputs
-    permuted.
+    permuted. Tokens where `valid [..., N]` is False are seen by none.
 
     depth, heads  layers, attention heads
     mlp_ratio     width of the MLP, exact GELU, in D
@@ -37,18 +37,21 @@ class LinearTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*lead N D"], *, train: bool = False) -> Float[Array, "*lead N D"]:
+    def __call__(
+        self, x: Float[Array, "*lead N D"], valid: Bool[AnyArray, "*lead N"] | None = None, *, train: bool = False
+    ) -> Float[Array, "*lead N D"]:
         if x.shape[-1] % self.heads:
             raise ZooError(f"LinearTransformer: {x.shape[-1]} features do not divide into {self.heads} heads")
         stack = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = stack(self.heads, self.mlp_ratio, self.dropout if train else 0.0, self.dtype, name="layers")
-        return layers(x.astype(self.dtype), None)[0]
+        return layers(x.astype(self.dtype), valid)[0]
 
     @nn.nowrap
     def flops(self, tokens: int, dim: int) -> float:
@@ -66,7 +69,9 @@ class Layer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*lead N D"], _: None) -> tuple[Float[Array, "*lead N D"], None]:
+    def __call__(
+        self, x: Float[Array, "*lead N D"], valid: Bool[AnyArray, "*lead N"] | None
+    ) -> tuple[Float[Array, "*lead N D"], None]:
         dim = x.shape[-1]
         width = dim // self.heads
         into = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", (0,), (1, 2))
@@ -79,7 +84,10 @@ class Layer(nn.Module):
             for name in ("query", "key", "value")
         )
         query = jax.nn.softmax(query.astype(jnp.float32), axis=-1) * width**-0.5
-        key = jax.nn.softmax(key.astype(jnp.float32), axis=-3)
+        key = key.astype(jnp.float32)
+        if valid is not None:
+            key = jnp.where(valid[..., None, None], key, -1e30)
+        key = jax.nn.softmax(key, axis=-3)
         memory = jnp.einsum("...nhk,...nhv->...hkv", key.astype(self.dtype), value)
         seen = jnp.einsum("...nhk,...hkv->...nhv", query.astype(self.dtype), memory)
         attended = merge_heads(

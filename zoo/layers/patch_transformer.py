@@ -7,6 +7,7 @@ have the same with other options.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -83,13 +84,19 @@ class TemporalConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention over tokens [B, N, D] with layer-normalised queries and keys (paper eq. 5)."""
+    """Softmax attention over tokens [B, N, D] with layer-normalised queries and keys (paper eq. 5).
+
+    key_bias  keys have a bias
+    turn      what makes queries and keys [B, N, H, K] know where they are
+    """
 
     heads: int
     qkv_bias: bool
     qk_norm: bool
     depth_scale: Array
     dtype: DTypeLike
+    key_bias: bool = False
+    turn: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B N D"]:
@@ -108,10 +115,15 @@ class Attention(nn.Module):
             )(x)
 
         # The published option gives queries and values a bias, keys never.
-        query, key, value = project("query", self.qkv_bias), project("key", False), project("value", self.qkv_bias)
+        query, key, value = (
+            project(name, bias)
+            for name, bias in (("query", self.qkv_bias), ("key", self.key_bias), ("value", self.qkv_bias))
+        )
         if self.qk_norm:
             query = norm("layer", axis="head_width", dtype=self.dtype, name="query_norm")(query)
             key = norm("layer", axis="head_width", dtype=self.dtype, name="key_norm")(key)
+        if self.turn is not None:
+            query, key = self.turn(query), self.turn(key)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=valid[:, None, None, :])
         return nn.Einsum(
             (self.heads, width, dim),
@@ -134,6 +146,8 @@ class Block(nn.Module):
     epsilon: float
     train: bool
     dtype: DTypeLike
+    key_bias: bool = False
+    turn: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(
@@ -151,7 +165,16 @@ class Block(nn.Module):
                 branch = drop_path(branch, drop, self.make_rng("dropout"))
             return nn.with_logical_constraint(branch, ("batch", None, None))
 
-        attention = Attention(self.heads, self.qkv_bias, self.qk_norm, depth_scale, self.dtype, name="attention")
+        attention = Attention(
+            self.heads,
+            self.qkv_bias,
+            self.qk_norm,
+            depth_scale,
+            self.dtype,
+            self.key_bias,
+            self.turn,
+            name="attention",
+        )
         x = x + residual("attention_scale", attention(self._norm("attention_norm")(x), valid))
         hidden = nn.Dense(
             dim * self.mlp_ratio,
@@ -172,6 +195,71 @@ class Block(nn.Module):
 
     def _norm(self, name: str) -> nn.Module:
         return norm("layer", epsilon=self.epsilon, dtype=self.dtype, name=name)
+
+
+class Stack(nn.Module):
+    """Layers of `Block` one upon another: tokens [B, N, D] → [B, N, D], those not `valid` seen by none.
+
+    drop_path  stochastic-depth rate of the last layer; layer l of L has rate · (l−1)/(L−1)
+    remat      "none", "full" or "dots"
+    The others are `Attention`'s and `Block`'s.
+    """
+
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    epsilon: float = 1e-6
+    key_bias: bool = False
+    turn: Callable[[Array], Array] | None = None
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], valid: Bool[AnyArray, "B N"], *, train: bool = False
+    ) -> Float[Array, "B N D"]:
+        """Raises ZooError for an option out of range."""
+        if x.shape[-1] % self.heads:
+            raise ZooError(f"PatchTransformer: {x.shape[-1]} features do not divide into {self.heads} heads")
+        if self.remat not in REMAT:
+            raise ZooError(f"PatchTransformer remat must be one of {sorted(REMAT)}, got {self.remat!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ZooError(f"PatchTransformer drop_path must be in [0, 1), got {self.drop_path}")
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = stack(
+            self.heads,
+            self.mlp_ratio,
+            self.qkv_bias,
+            self.qk_norm,
+            self.layer_scale,
+            self.epsilon,
+            train and self.drop_path > 0,
+            self.dtype,
+            self.key_bias,
+            self.turn,
+            name="blocks",
+        )
+        layers = jnp.arange(1.0, self.depth + 1.0), jnp.linspace(0.0, self.drop_path, self.depth)
+        return blocks(x, jnp.asarray(valid), layers)[0]
+
+    @nn.nowrap
+    def flops(self, tokens: int, dim: int) -> float:
+        """Operations of one example's pass in matmuls, a multiply-add counting two."""
+        return float(self.depth * (2 * tokens * dim**2 * (4 + 2 * self.mlp_ratio) + 4 * tokens**2 * dim))
 
 
 class PatchTransformer(nn.Module):
@@ -218,7 +306,7 @@ class PatchTransformer(nn.Module):
         """rows [B, C]: row of the electrode table for each channel, −1 for one that has none, which makes every token
         of the example NaN; first: row of the time table for the first patch. Raises ZooError for an option out of
         range."""
-        self._check_options(x.shape[-1])
+        self._check_options()
         batch, channels = rows.shape
         count, dim = x.shape[1] // channels, x.shape[-1]
         table_init = nn.initializers.truncated_normal(self.table_std)
@@ -239,48 +327,34 @@ class PatchTransformer(nn.Module):
 
         x = jnp.concatenate([token[:, None], x], axis=1)
         keys = jnp.concatenate([jnp.ones((batch, 1), bool), jnp.repeat(valid, count, axis=1)], axis=1)
-        rates = jnp.linspace(0.0, self.drop_path, self.depth)
-        return self._blocks(train)(x, keys, (jnp.arange(1.0, self.depth + 1.0), rates))[0][:, 1:]
+        stack = self._stack()
+        # Its layers are this module's own.
+        nn.share_scope(self, stack)
+        return stack(x, keys, train=train)[:, 1:]
 
     @nn.nowrap
     def flops(self, tokens: int, dim: int) -> float:
         """Operations of one example's pass in matmuls, a multiply-add counting two."""
-        length = tokens + 1
-        return float(self.depth * (2 * length * dim**2 * (4 + 2 * self.mlp_ratio) + 4 * length**2 * dim))
+        return self._stack().flops(tokens + 1, dim)
 
-    def _blocks(self, train: bool) -> nn.Module:
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
-            length=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return stack(
+    @nn.nowrap
+    def _stack(self) -> Stack:
+        return Stack(
+            self.depth,
             self.heads,
             self.mlp_ratio,
             self.qkv_bias,
             self.qk_norm,
             self.layer_scale,
+            self.drop_path,
             self.epsilon,
-            train and self.drop_path > 0,
-            self.dtype,
-            name="blocks",
+            remat=self.remat,
+            dtype=self.dtype,
         )
 
-    def _check_options(self, dim: int) -> None:
-        if dim % self.heads:
-            raise ZooError(f"PatchTransformer: {dim} features do not divide into {self.heads} heads")
-        if self.remat not in REMAT:
-            raise ZooError(f"PatchTransformer remat must be one of {sorted(REMAT)}, got {self.remat!r}")
+    def _check_options(self) -> None:
         if self.cls_position not in CLS_POSITIONS:
             raise ZooError(f"PatchTransformer cls_position must be one of {CLS_POSITIONS}, got {self.cls_position!r}")
-        if not 0 <= self.drop_path < 1:
-            raise ZooError(f"PatchTransformer drop_path must be in [0, 1), got {self.drop_path}")
 
 
 def _scaled(depth_scale: Array) -> Any:
