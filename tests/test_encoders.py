@@ -77,6 +77,8 @@ CASES = (
         },
         wrong_windows=((450, "got a window of 450 samples"),),
     ),
+    # Untrained codes are one code for all; fixed levels differ.
+    Case("tfm_encoder_tiny", 3, 30, {"channels": NAMES[:3], "tokenizer": "mu_law"}),
 )
 
 SLOW: tuple[str, ...] = ()
