@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import zoo
+from zoo.encoders.iclabel import CLASSES, ICLabel
 from zoo.errors import ZooError
 from zoo.registry import entry, parameter_count, register
 from zoo.types import Encoded, Tokenized
@@ -31,6 +32,8 @@ def test_every_variant_takes_its_example_and_has_the_parameters_of_its_card(name
         rows, frames = model.grid(*given[0].shape[1:])
         assert out.codes.shape == (len(given[0]), rows * frames, len(model.code_sizes))
         assert out.reconstruction.shape == given[0].shape
+    elif isinstance(model, ICLabel):
+        assert out.shape == (len(given[0]), len(CLASSES))
     else:
         assert out.shape == (*given[0].shape, model.vocabulary)
     assert parameter_count(model) == card.parameters
