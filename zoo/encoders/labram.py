@@ -19,6 +19,7 @@ Where this differs from the official code:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -33,6 +34,7 @@ from zoo.layers.patch_transformer import PatchTransformer, TemporalConv
 from zoo.registry import Card, register
 from zoo.sensors import KINDS, LABRAM_NAMES
 from zoo.types import AnyArray, Array, Encoded, Sensors
+from zoo.weights.keys import Ignore, Key, Rule
 
 ROWS = 129
 """Rows of the electrode table: row 0 is CLS, row 1 + i the i-th of LaBraM's names; the last 8 of its 136 do not fit."""
@@ -237,3 +239,105 @@ for _name, (_options, _parameters, _evidence) in VARIANTS.items():
             evidence=_evidence,
         ),
     )
+
+
+def linear_keys(source: str, target: str, layer: str = "") -> tuple[Key, ...]:
+    """The keys of a linear map; `layer`: the index of a leaf of stacked ones, as "[{l}]"."""
+    kernel = Key(f"{source}.weight", f"params/{target}/kernel{layer}", "o i -> i o")
+    return kernel, Key(f"{source}.bias", f"params/{target}/bias{layer}")
+
+
+def norm_keys(source: str, target: str, layer: str = "") -> tuple[Key, ...]:
+    """The keys of a layer or group norm."""
+    scale = Key(f"{source}.weight", f"params/{target}/scale{layer}")
+    return scale, Key(f"{source}.bias", f"params/{target}/bias{layer}")
+
+
+def block_keys(
+    *, biases: str = "", qk_norm: bool = True, layer_scale: bool = True, mlp: tuple[str, str] = ("fc1", "fc2")
+) -> tuple[Key, ...]:
+    """The keys of `zoo.layers.patch_transformer.Stack`, as timm names the parts of a vision transformer.
+
+    biases  of queries, keys and values: "" none; "apart", of queries and values, each a tensor; "fused", of all three
+    """
+    source, target, layer = "blocks.{l}.", "blocks/", "[{l}]"
+    attention, names = f"params/{target}attention/", ("query", "key", "value")
+    keys = [
+        Key(f"{source}attn.qkv.weight", f"{attention}{name}/kernel{layer}", "(h k) d -> d h k", part=(part, 3))
+        for part, name in enumerate(names)
+    ]
+    if biases == "fused":
+        keys += [
+            Key(f"{source}attn.qkv.bias", f"{attention}{name}/bias{layer}", "(h k) -> h k", part=(part, 3))
+            for part, name in enumerate(names)
+        ]
+    elif biases == "apart":
+        keys += [
+            Key(f"{source}attn.{name[0]}_bias", f"{attention}{name}/bias{layer}", "(h k) -> h k")
+            for name in ("query", "value")
+        ]
+    if qk_norm:
+        for name in ("query", "key"):
+            keys += norm_keys(f"{source}attn.{name[0]}_norm", f"{target}attention/{name}_norm", layer)
+    if layer_scale:
+        keys += [
+            Key(f"{source}gamma_{number}", f"params/{target}{part}_scale{layer}")
+            for number, part in ((1, "attention"), (2, "mlp"))
+        ]
+    return (
+        *keys,
+        Key(f"{source}attn.proj.weight", f"{attention}out/kernel{layer}", "d (h k) -> h k d"),
+        Key(f"{source}attn.proj.bias", f"{attention}out/bias{layer}"),
+        *norm_keys(f"{source}norm1", f"{target}attention_norm", layer),
+        *norm_keys(f"{source}norm2", f"{target}mlp_norm", layer),
+        *linear_keys(f"{source}mlp.{mlp[0]}", f"{target}mlp_in", layer),
+        *linear_keys(f"{source}mlp.{mlp[1]}", f"{target}mlp_out", layer),
+    )
+
+
+def table_keys(electrode: str = "pos_embed", time: str = "time_embed") -> tuple[Key, ...]:
+    """The keys of the tables of `zoo.layers.patch_transformer.PatchTransformer`."""
+    return (
+        Key("cls_token", "params/embed_cls", "1 1 d -> d"),
+        Key(electrode, "params/embed_electrode", "1 c d -> c d"),
+        Key(time, "params/embed_time", "1 a d -> a d"),
+    )
+
+
+def conv_keys(source: str) -> tuple[Key, ...]:
+    """The keys of `zoo.layers.patch_transformer.TemporalConv`, in a module `embed_patch`."""
+    keys: list[Key] = []
+    for number in (1, 2, 3):
+        conv = f"params/embed_patch/conv{number}"
+        keys.append(Key(f"{source}.conv{number}.weight", f"{conv}/kernel", "o i 1 t -> t i o"))
+        keys.append(Key(f"{source}.conv{number}.bias", f"{conv}/bias"))
+        keys += norm_keys(f"{source}.norm{number}", f"embed_patch/norm{number}")
+    return tuple(keys)
+
+
+KEYS: tuple[Rule, ...] = (*table_keys(), *conv_keys("patch_embed"), *block_keys(), *norm_keys("fc_norm", "norm"))
+"""Of the official fine-tuned model, `NeuralTransformer` with mean pooling and without biases of queries and values."""
+HEAD_KEYS: tuple[Rule, ...] = linear_keys("head", "linear")
+
+PRETRAINED_KEYS: tuple[Rule, ...] = (
+    *(
+        replace(key, source=f"student.{key.source}")
+        for key in (*table_keys(), *conv_keys("patch_embed"), *block_keys(), *norm_keys("norm", "norm"))
+    ),
+    Ignore("student.mask_token", "of pretraining"),
+    *(
+        Ignore(f"{name}.{part}", "a head of pretraining")
+        for name in ("student.lm_head", "lm_head", "projection_head.0")
+        for part in ("weight", "bias")
+    ),
+)
+"""Of the official pretrained model, `labram-base.pth`: its last norm, which fine-tuning makes anew, stands for ours."""
+
+BRAINDECODE_KEYS: tuple[Rule, ...] = (
+    *table_keys("position_embedding", "temporal_embedding"),
+    *conv_keys("patch_embed.temporal_conv"),
+    *block_keys(mlp=("0", "2")),
+    *norm_keys("fc_norm", "norm"),
+)
+"""Of braindecode's Labram with mean pooling, whose `max_patches` is one more than its windows have."""
+BRAINDECODE_HEAD_KEYS: tuple[Rule, ...] = linear_keys("final_layer", "linear")
