@@ -5,13 +5,16 @@ Labels are int [B]; −1 is none, and such a row counts for nothing. All is floa
 
 from __future__ import annotations
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from zoo.errors import ZooError
-from zoo.types import AnyArray, Array
+from zoo.types import AnyArray, Array, Sensors
 
 
 def cross_entropy(
@@ -82,3 +85,34 @@ def class_weights(label: Int[np.ndarray, " N"], classes: int) -> Float[np.ndarra
             f"class_weights: got {counts.tolist()} examples of the classes, wanted some of each of {classes}"
         )
     return (counts.sum() / (classes * counts)).astype(np.float32)
+
+
+class Classifier(nn.Module):
+    """An encoder with its published classifier: logits [B, K] float32.
+
+    encoder  any `zoo.encoders.encoder.Encoder`
+    classes  K
+    dropout  share of the pooled features that training hides from the classifier, besides what it hides itself
+    """
+
+    encoder: Any
+    classes: int
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        self.head = self.encoder.head(self.classes)
+        self.hide = nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        signal: Float[AnyArray, "B C T"],
+        sensors: Sensors,
+        *,
+        subject: Int[AnyArray, " B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B K"]:
+        """subject reaches only encoders that have a subject layer."""
+        whose = {"subject": subject} if self.encoder.subjects else {}
+        pooled = self.encoder(signal, sensors, train=train, **whose).pooled
+        logits: Array = self.head(self.hide(pooled, deterministic=not train), train=train)
+        return jnp.asarray(logits, jnp.float32)
