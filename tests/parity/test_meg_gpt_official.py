@@ -25,8 +25,10 @@ sys.path.insert(0, str(PEERS / "EphysTokenizer"))
 peer = pytest.importorskip("ephys_tokenizer.models", reason="no EphysTokenizer in BRAIN_ZOO_PEERS")
 
 import zoo  # noqa: E402
-from zoo.tokenizers.meg_gpt import refactored  # noqa: E402
+from zoo.tokenizers.meg_gpt import KEYS, refactored  # noqa: E402
 from zoo.types import Sensors  # noqa: E402
+from zoo.weights.files import read  # noqa: E402
+from zoo.weights.keys import fill  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -126,7 +128,8 @@ def test_released_weights_give_the_authors_codes_and_signal():
     model = made(128, 128, 10, "causal").eval()
     model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     ours, x, where = zoo.create("ephys_tokenizer"), signal(), sensors(BATCH, CHANNELS)
-    variables = {"params": copied(dict(model.named_parameters())), "schedule": {"step": jnp.int32(0)}}
+    filled, _ = fill(KEYS, read(path), ours.init(jax.random.key(0), *ours.example()))
+    variables = jax.tree.map(jnp.asarray, filled)
     with torch.no_grad():
         _, rebuilt, codes = their_tokens(model, x)
     out = ours.apply(variables, x, where)

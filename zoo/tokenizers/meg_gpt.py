@@ -39,6 +39,7 @@ from zoo.objectives.signal import mean_square
 from zoo.registry import Card, register
 from zoo.tokenizers.tokenizer import Tokenizer
 from zoo.types import AnyArray, Array, Sensors, Tokenized, Variables
+from zoo.weights.keys import Fresh, Ignore, Key, Rule
 
 SCHEDULE = "schedule"
 """The mutable collection that counts training steps."""
@@ -275,3 +276,21 @@ for _name, (_options, _parameters, _evidence) in VARIANTS.items():
             evidence=_evidence,
         ),
     )
+
+_ENCODER, _CHOICE = "encoder_layer.rnn_layers.0.", "token_weights_layer."
+
+KEYS: tuple[Rule, ...] = (
+    Key(f"{_ENCODER}weight_ih_l0", "params/recurrent/input_kernel", "u i -> i u"),
+    Key(f"{_ENCODER}weight_hh_l0", "params/recurrent/state_kernel", "u i -> i u"),
+    Key(f"{_ENCODER}bias_ih_l0", "params/recurrent/input_bias"),
+    Key(f"{_ENCODER}bias_hh_l0", "params/recurrent/state_bias"),
+    Key(f"{_CHOICE}dense_layer.weight", "params/logits/kernel", "o i -> i o"),
+    Key(f"{_CHOICE}dense_layer.bias", "params/logits/bias"),
+    Key(f"{_CHOICE}norm_layer.weight", "params/norm/scale"),
+    Key(f"{_CHOICE}norm_layer.bias", "params/norm/bias"),
+    Key("decoder_layer.token_basis_layer.weight", "params/wave_kernel", "o i w -> w i o"),
+    Key("decoder_layer.token_basis_layer.bias", "params/wave_bias"),
+    Ignore(f"{_CHOICE}_temperature", "tau, which is computed here from the step"),
+    Fresh(f"{SCHEDULE}/step", "files tell no step: training goes on from the schedule's beginning"),
+)
+"""Of `model_state.pt` of MEG-GPT's tokenizer, and of any that EphysTokenizer trains with one layer of GRU."""

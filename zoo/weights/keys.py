@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
 from einops import EinopsError, rearrange
 
@@ -191,7 +192,7 @@ class _Filling:
         if index is not None and not 0 <= index < leaf.shape[0]:
             self.problems.append(f"{name}: {leaf_name} has {leaf.shape[0]} layers, got one more, number {index}")
             return
-        if not np.issubdtype(tensor.dtype, np.number) and tensor.dtype != bool:
+        if not jnp.issubdtype(tensor.dtype, np.number) and tensor.dtype != bool:
             self.problems.append(f"{name}: wanted numbers, got {tensor.dtype}")
             return
         if not np.isfinite(tensor).all():
@@ -207,8 +208,14 @@ class _Filling:
             whole = f" (part {part + 1} of {parts})" if parts > 1 else ""
             self.problems.append(f"{name} {list(tensor.shape)}{whole}{told}: wanted {into}")
             return
+        with np.errstate(over="ignore"):
+            cast = moved.astype(leaf.dtype)
+        exact = np.array_equal(cast, moved)
+        if not exact and not (jnp.issubdtype(leaf.dtype, jnp.inexact) and np.isfinite(cast).all()):
+            self.problems.append(f"{name}: numbers of {tensor.dtype} that {into} of {leaf.dtype} cannot hold")
+            return
         whole_leaf = self.filled.setdefault(leaf_name, np.zeros(leaf.shape, leaf.dtype))
-        whole_leaf[... if index is None else index] = moved.astype(leaf.dtype)
+        whole_leaf[... if index is None else index] = cast
         self.rows.append(Row(name, tensor.shape, target, shape, _norm(moved), rule.how or "as it is"))
 
     def left_over(self) -> list[str]:
