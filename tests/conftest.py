@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -24,3 +25,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 def faces_eeg() -> Path:
     """The BIDS folder of the `faces_eeg` sample: 2 people, 128-channel EEG."""
     return fetch("faces_eeg")
+
+
+THINNED = frozenset((Path(__file__).parent / "thinned.txt").read_text().split())
+"""Test functions with many long cases."""
+SHARE = 5
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The default run takes every fifth case of a function in thinned.txt, `-m slow` the others.
+
+    Whole training runs begin first: they stay on one worker, which would else be the last to end.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if function in THINNED and item.get_closest_marker("slow") is None:
+            if seen[function] % SHARE:
+                item.add_marker(pytest.mark.slow)
+            seen[function] += 1
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/train/"))

@@ -88,6 +88,7 @@ def test_compressions_are_what_they_say(kind, definition):
     close(compress(kind, held, blocks), definition(np.float64(blocks), *(np.float64(x) for x in held)))
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_there_leave_the_blocks():
     x = tokens(0, 1, TIME, 32)
     there = np.ones((1, TIME), bool)

@@ -78,6 +78,7 @@ def test_every_causal_mixer_takes_part_at_equal_size():
     assert max(sizes.values()) < 1.01 * min(sizes.values()), sizes
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_writes_and_shows(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     command = ["--mixers", "softmax", "--tasks", "flip_flop", "--share", "0.5", "--json", str(figures)]

@@ -204,6 +204,7 @@ def test_rebuilt_signals_are_the_tokenizers_in_the_units_of_the_dataset(patches,
     assert "already rebuilt" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_margin_gives_the_codes_and_signals_of_a_whole_recording(prepared, source, trained, tmp_path, monkeypatch):
     """With frames that see no neighbours, cut with a margin or not, codes of a sample are the same."""
     tokenizer = trained.tokenizer.clone()

@@ -181,6 +181,7 @@ def test_frame_by_frame_equals_all_at_once(model):
     np.testing.assert_allclose(found, whole, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_does(both):
     given, sensors = codes(8), electrodes(NAMES, 8)
 

@@ -290,6 +290,7 @@ def test_bad_shapes(small: LaBraM, values: Any, samples: int, channels: int, mas
         small.apply(values, np.zeros((2, 5, samples), np.float32), sensors, mask=hidden)
 
 
+@pytest.mark.slow
 def test_jit_changes_nothing(small: LaBraM, values: Any) -> None:
     signal, sensors, mask = example()
     eager = small.apply(values, signal, sensors, mask=mask)
@@ -369,6 +370,7 @@ def test_drop_path_drops_or_doubles_whole_branches_of_single_examples(values: An
     assert set(distance.argmin(1)) == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_drop_path_is_off_outside_training_and_needs_its_random_stream(values: Any) -> None:
     module = LaBraM(**SMALL, drop_path=0.5)
     signal, sensors, _ = example()

@@ -52,6 +52,7 @@ def test_one_by_one_equals_all_at_once(name, width):
     np.testing.assert_allclose(stepped, whole, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.slow
 def test_packed_rows_do_not_meet():
     model, own, x = MODELS["samples"], variables("samples"), inputs("samples")
     ids = jnp.broadcast_to(jnp.arange(8) >= 5, (2, 8)).astype(jnp.int32)
@@ -61,6 +62,7 @@ def test_packed_rows_do_not_meet():
     np.testing.assert_allclose(run(x[:, 5:], ids[:, 5:]), packed[:, 5:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_intermediates_are_of_every_layer():
     model, own, x = MODELS["tokens"], variables("tokens"), inputs("tokens")
     run = jax.jit(partial(model.apply, intermediates=True), compiler_options=QUICK)
@@ -115,6 +117,7 @@ def test_a_prompt_leaves_the_state_that_its_tokens_leave_one_by_one(name):
         np.testing.assert_allclose(following[row], whole[row, count], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_beams_of_a_scanned_model_take_their_own_states_along():
     model = SequenceModel(16, ("linear",) * 2, 5, mlp_options={"hidden": 8}, convolution=3)
     prompt = jnp.array([[1, 2, 3], [4, 0, 2]])

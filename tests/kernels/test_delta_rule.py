@@ -108,6 +108,7 @@ def test_strong_gates(gate, lowest):
     assert_equal(exact, got, 1e-5)
 
 
+@pytest.mark.slow
 def test_repeated_keys_are_overwritten_exactly():
     """beta = 1 and one key all along: the state holds the last value only, at any chunk length.
 
@@ -133,6 +134,7 @@ def test_recalls_what_linear_attention_mixes_up():
     np.testing.assert_allclose(keys @ added[0, 0], v[0, :width, 0] + v[0, width:, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_forms_of_the_gate_agree():
     """No gate is a gate of 0; a gate for each token is the same gate in every channel."""
     arrays = make("token", heads=(4, 4, 4, 4))

@@ -45,6 +45,7 @@ def test_xla_is_the_definition(gate, causal, packed):
     assert_equal(expected, got, 1e-13)
 
 
+@pytest.mark.slow
 def test_each_compilation_is_the_definition():
     """Of a size for which XLA's CPU backend fused a reduction wrongly, in about every second compilation."""
     rng = np.random.default_rng(0)
@@ -123,6 +124,7 @@ def test_chunk_size_does_not_matter():
     assert_equal(small, large, 2e-6)
 
 
+@pytest.mark.slow
 def test_blocks_do_not_matter(monkeypatch):
     """More time than is worked on at once, with a rest: the same as in one block."""
     arrays = make("channel", time=70)
@@ -188,6 +190,7 @@ def test_bidirectional_is_both_causal_passes_less_the_own_token(gate):
     np.testing.assert_allclose(both, forward + jnp.flip(backward, 1) - own, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_same_result_twice():
     op = jax.jit(jax.grad(lambda a: jnp.sum(jnp.square(linear_attention(**a, chunk_size=16)[0]))))
     arrays = make("channel")
@@ -196,6 +199,7 @@ def test_same_result_twice():
         np.testing.assert_array_equal(x, second[name])
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     time=st.integers(1, 70),

@@ -75,6 +75,7 @@ def test_values_and_gradients_in_float64(borders):
     assert_equal(exact, in_float64(partial(moba, **SIZES), arrays, segment_ids=ids), 1e-11)
 
 
+@pytest.mark.slow
 def test_values_and_gradients_in_float32():
     arrays = arguments(batch=1)
     lists = chosen(arrays["q"], arrays["k"])

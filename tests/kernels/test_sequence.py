@@ -139,6 +139,7 @@ def test_delta_rule(layout, gate, packed):
     compare(partial(delta_rule, **options), split, arrays, (BATCH, HEADS, KEY, VALUE))
 
 
+@pytest.mark.slow
 def test_grouped_heads_stay_grouped():
     mesh, spec = mesh_and_spec("two of each")
     arrays = {"q": normal(0, BATCH, TIME, 2, KEY), "k": normal(1, BATCH, TIME, 2, KEY)}

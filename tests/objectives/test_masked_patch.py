@@ -117,6 +117,7 @@ def test_weights_of_the_terms(variables: Any) -> None:
     np.testing.assert_allclose(value, sum(weight * metrics[name] for name, weight in weights.items()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_example_counts_the_same_at_any_amplitude(variables: Any) -> None:
     """What the encoder sees is fixed here; only targets could change."""
     batch = make_batch()
@@ -128,6 +129,7 @@ def test_an_example_counts_the_same_at_any_amplitude(variables: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_by_their_weights(variables: Any) -> None:
     """What gradient accumulation stands on: the loss is a mean over `weight` units, also of unequal parts."""
     batch = make_batch()
@@ -141,6 +143,7 @@ def test_parts_of_a_batch_add_up_by_their_weights(variables: Any) -> None:
     np.testing.assert_allclose(np.average(values, weights=weights), whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_targets_outside_the_mask_do_not_count(variables: Any) -> None:
     """No gradient reaches the predictions of visible patches."""
     batch = make_batch()

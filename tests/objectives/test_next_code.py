@@ -112,6 +112,7 @@ def test_training_counts_codes_and_leaves_the_tokenizer(task, variables):
     assert np.abs(gradient["head"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_books_of_unequal_sizes_keep_to_their_codes():
     codes = jnp.asarray([[[0, 4], [1, -1]], [[1, 2], [1, 2]]])
     np.testing.assert_array_equal(code_counts(codes, (2, 5)), [[1, 3, 0, 0, 0], [0, 0, 2, 0, 1]])
@@ -135,6 +136,7 @@ def test_books_of_unequal_sizes_keep_to_their_codes():
     assert codes.min() == 0
 
 
+@pytest.mark.slow
 def test_the_likeliest_frames_are_those_of_the_whole_model(task, variables):
     """Greedy generation, frame by frame, is a fixed point of the model over all frames at once."""
     batch = make_batch()

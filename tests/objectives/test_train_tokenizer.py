@@ -163,6 +163,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_with_its_codebooks(run, tmp_
     assert rest == figures[6:]
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one():
     task, results = TrainTokenizer(NAME), []
     for devices in (1, 8):

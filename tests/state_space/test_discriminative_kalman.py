@@ -108,6 +108,7 @@ def test_what_is_done_where_a_covariance_is_too_large():
             np.testing.assert_allclose(got.mean[1], mean, atol=1e-10, err_msg=validity)
 
 
+@pytest.mark.slow
 def test_segments_start_anew_and_do_not_teach_each_other():
     z, x = simulated(30)
     ids = np.repeat([4, 9], [13, 17])
@@ -149,6 +150,7 @@ def test_fit_recovers_the_dynamics_and_helps_the_regression():
     assert together < 1.05 * exact < alone
 
 
+@pytest.mark.slow
 def test_kernels_follow_what_a_line_cannot():
     rng = np.random.default_rng(1)
     x = rng.uniform(-2, 2, (400, 1)).astype(np.float32)

@@ -114,6 +114,7 @@ def test_inference_equals_enumeration(states: int):
         assert float(smoothed.transitions[t, i, j]) == pytest.approx(both, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_a_long_recording_keeps_its_precision():
     rng = np.random.default_rng(3)
     spikes = rng.poisson(0.7, (1000, 4))
@@ -176,6 +177,7 @@ def simulated(length: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return spikes, states, signs
 
 
+@pytest.mark.slow
 def test_states_and_signs_of_a_simulated_network_are_recovered():
     spikes, states, signs = simulated(1200, 6)
     data = jnp.asarray(spikes, jnp.float32)[None]

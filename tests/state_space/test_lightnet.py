@@ -78,6 +78,7 @@ def test_large_keys_neither_overflow_nor_vanish():
     close(run(mixer, weights, x), wanted, 1e-4)
 
 
+@pytest.mark.slow
 def test_log_sums_start_again_with_a_segment():
     x, ids = normal(0, 1, 6, 1, 2), np.array([[4, 4, 4, 1, 1, 4]])
     running, total = np.zeros_like(x), np.zeros_like(x)
@@ -88,6 +89,7 @@ def test_log_sums_start_again_with_a_segment():
     close(logsumexp(jnp.float32(x), jnp.asarray(ids)), total, 1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_there_leave_no_trace():
     """Also the first ones, before which there is nothing whose logarithm could be taken."""
     mixer = LightNet(DIM, heads=HEADS, rank=4)

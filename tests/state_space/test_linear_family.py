@@ -128,6 +128,7 @@ def test_decays_of_retention():
     np.testing.assert_allclose(lightning[1], [0, -0.5, -1, -1.5])
 
 
+@pytest.mark.slow
 def test_ssd_is_its_masked_attention():
     """M = tril(C Bᵀ ⊙ exp(segsum(Δ A))), y = M (Δ x): 2405.21060, §6."""
     x, B, C = normal(0, BATCH, LENGTH, 4, 3), normal(1, BATCH, LENGTH, 2, 5), normal(2, BATCH, LENGTH, 2, 5)
@@ -149,6 +150,7 @@ def test_mamba2_keeps_steps_within_limits():
     np.testing.assert_allclose([delta.min(), delta.max()], [0.01, 0.02], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_gated_deltanet_that_forgets_nothing_is_deltanet():
     gated = GatedDeltaNet(DIM, heads=HEADS, expand_key=1.0, expand_value=1.0, gate="none")
     weights, x = parameters(gated), normal(1, BATCH, LENGTH, DIM)
@@ -157,6 +159,7 @@ def test_gated_deltanet_that_forgets_nothing_is_deltanet():
     close(run(gated, still, x), run(DeltaNet(DIM, heads=HEADS), plain, x), 1e-6)
 
 
+@pytest.mark.slow
 def test_kda_whose_channels_fade_alike_is_gated_deltanet():
     gated = GatedDeltaNet(DIM, heads=HEADS, expand_key=1.0, expand_value=1.0, gate="none")
     kda = KDA(DIM, heads=HEADS, gate="none")
@@ -204,6 +207,7 @@ def recall_errors(keys: np.ndarray, values: np.ndarray, corrected: bool) -> np.n
     return np.linalg.norm(back - values, axis=-1) / np.linalg.norm(values, axis=-1)
 
 
+@pytest.mark.slow
 def test_capacity_of_what_is_added_and_of_what_is_corrected():
     """Card 1.1: n associations of width K. Adding them lets them interfere as √(n / K); correcting stores K exactly."""
     width = 16

@@ -76,6 +76,7 @@ def test_the_block_is_its_definition(variables: Any):
     np.testing.assert_allclose(run(GRID, variables, x), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_segments_of_whole_times_are_grids_of_their_own(variables: Any):
     frequencies = GRID[1]
     x = normal(9, BATCH, 15, DIM)

@@ -81,6 +81,7 @@ def test_any_number_of_channels_will_do(variables, channels):
     assert (np.asarray(out.reconstruction).std(-1) > 0).all()
 
 
+@pytest.mark.slow
 def test_what_all_channels_of_a_kind_share_is_not_read(variables):
     signal, sensors = recording()
     drift = np.linspace(-1, 1, signal.shape[-1]) * 1e-4 * (sensors.kind == 0)[..., None]
@@ -89,6 +90,7 @@ def test_what_all_channels_of_a_kind_share_is_not_read(variables):
     np.testing.assert_allclose(a.reconstruction, b.reconstruction, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_units_do_not_matter_when_floors_are_in_them(variables):
     signal, sensors = recording()
     a = applied(variables, signal, sensors)

@@ -196,6 +196,7 @@ def test_words_are_told_apart_by_their_own_eeg_and_by_nothing_else(kind):
         assert abs(share - 1 / VOCABULARY) < 0.045
 
 
+@pytest.mark.slow
 def test_the_contrast_is_over_all_words_that_are_there():
     tokenizer = zoo.create("dewave_word_tiny", **WORD)
     aligned = TextAligned(tokenizer, width=NUMBERS, temperature=0.5)

@@ -56,6 +56,7 @@ def test_four_seconds_are_forty_tokens():
         zoo.create("du_in_base").grid(17, 4000)
 
 
+@pytest.mark.slow
 def test_everyone_has_matrices_of_their_own(made):
     tokenizer, variables = made
     signal = np.random.default_rng(1).standard_normal((1, 3, 40)).astype(np.float32).repeat(3, axis=0)

@@ -32,6 +32,7 @@ def apply(tokenizer: Any, variables: Any, *arguments: Any, method: str = "__call
     return jax.jit(lambda variables, *given: tokenizer.apply(variables, *given, method=method))(variables, *arguments)
 
 
+@pytest.mark.slow
 def test_it_learns_amplitudes(trained):
     _, _, record = trained
     first, last = (record["amplitude"][part].mean() for part in (slice(10), slice(-10, None)))
@@ -40,6 +41,7 @@ def test_it_learns_amplitudes(trained):
     assert last < 0.8
 
 
+@pytest.mark.slow
 def test_codes_are_directions_and_what_is_decoded_are_codes(trained):
     tokenizer, variables, _ = trained
     codebook = np.asarray(variables["codebooks"]["quantizer"]["embedding"])
@@ -62,6 +64,7 @@ def test_true_spectra_and_the_scale_give_the_signal_back():
     np.testing.assert_allclose(_signal(spectra, valid, scale), np.where(valid[..., None], patches, 0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_the_scale_the_signal_is_standardised(trained):
     tokenizer, variables, _ = trained
     signal, sensors = brain_like((2, len(NAMES), 80), seed=4), electrodes(NAMES)

@@ -131,6 +131,7 @@ def test_layer_decay_scales_each_layers_change(name, params, gradient):
         np.testing.assert_allclose(ratio["blocks"]["bias"][layer], rate, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
 def test_frozen_parameters_stay_as_they_are_to_the_bit(name):
     options = {"name": name, "freeze": ("embed_", "blocks/bias"), "layer_decay": 0.8}

@@ -49,6 +49,7 @@ def test_eight_devices_give_the_curve_of_one(eight, straight):
     assert "80,000 /4" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(), ("--devices.cpu-devices", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")])
 def test_what_eight_devices_wrote_goes_on_with_fewer(mesh, eight, folder, cache, straight):
     go_on_elsewhere(eight[0], folder, SAVED)
@@ -62,6 +63,7 @@ def test_two_processes_give_the_curve_of_one_device(pair, straight):
     assert_same_curve(metrics(pair), metrics(straight))
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_wrote(pair, folder, cache, straight):
     go_on_elsewhere(pair, folder, SAVED)
     out, _ = finish(start(folder, cache))

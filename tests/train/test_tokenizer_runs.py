@@ -89,6 +89,7 @@ def test_eight_devices_give_the_curve_of_one(folder, cache, straight):
     )
 
 
+@pytest.mark.slow
 def test_the_run_tokenizes_a_dataset(straight, prepared, cache):
     folder, _ = straight
     out, _ = finish(start(folder, cache, command=("tokenize", "prepared", "--tokenizer", "runs/small", "codes")))
