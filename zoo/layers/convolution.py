@@ -51,20 +51,13 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", partitioned(self.kernel_init, *[None] * len(shape)), shape)
         if self.max_norm:
             kernel = limited(kernel, self.max_norm, tuple(range(axes + 1)))
-        letters = "HW"[:axes]
-        options: dict[str, Any] = {
-            "window_strides": tuple(self.strides) or (1,) * axes,
-            "padding": self._padding(),
-            "rhs_dilation": tuple(self.dilations) or (1,) * axes,
-            "feature_group_count": self.groups,
-            "dimension_numbers": (f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        }
-        # Left to the compiler, kernels of grouped convolutions over split batches get wrong gradients (jaxlib 0.10).
-        y = on_devices(
-            lambda x, kernel: lax.conv_general_dilated(x, kernel, **options),
-            (x.astype(self.dtype), kernel.astype(self.dtype)),
-            (("batch", *[None] * (axes + 1)), (None,) * (axes + 2)),
-            ("batch", *[None] * (axes + 1)),
+        y = convolve(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            tuple(self.strides) or (1,) * axes,
+            self._padding(),
+            tuple(self.dilations) or (1,) * axes,
+            self.groups,
         )
         if self.bias:
             init = self.bias_init or like_torch_bias(inputs * math.prod(self.widths))
@@ -80,6 +73,78 @@ class Convolution(nn.Module):
             return [(span // 2, span - span // 2) for span in spans]
         given = tuple(self.paddings) or (0,) * len(spans)
         return [each if isinstance(each, tuple) else (int(each), int(each)) for each in given]
+
+
+def convolve(
+    x: Float[Array, "B *space F"],
+    kernel: Float[Array, "*shape"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilations: Sequence[int],
+    groups: int = 1,
+) -> Float[Array, "B *spaces G"]:
+    """`Convolution` with a given kernel [*widths, F / groups, G]."""
+    axes = len(strides)
+    letters = "HW"[:axes]
+
+    def whole(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            tuple(strides),
+            tuple(padding),
+            rhs_dilation=tuple(dilations),
+            feature_group_count=groups,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        )
+
+    # Left to the compiler, kernels of grouped convolutions over split batches get wrong gradients (jaxlib 0.10).
+    return on_devices(
+        whole,
+        (x, kernel),
+        (("batch", *[None] * (axes + 1)), (None,) * (axes + 2)),
+        ("batch", *[None] * (axes + 1)),
+    )
+
+
+class TransposedConvolution(nn.Module):
+    """[B, T, F] → [B, (T − 1) · stride − 2 · padding + width + more, features]: PyTorch's ConvTranspose1d.
+
+    Each step is spread over `width` samples, `stride` apart from the next step's. The kernel is [width, F, features].
+
+    padding  samples cut off at both ends
+    more     samples that the end keeps of those (PyTorch's output_padding)
+    """
+
+    features: int
+    width: int
+    stride: int = 1
+    padding: int = 0
+    more: int = 0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B U G"]:
+        # PyTorch counts the outputs of a transposed convolution as its fan-in.
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-1, out_axis=-2)
+        shape = (self.width, x.shape[-1], self.features)
+        kernel = self.param("kernel", partitioned(init, None, None, None), shape)
+        ends = self.width - 1 - self.padding
+        y = on_devices(
+            lambda x, kernel: lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(1,),
+                padding=[(ends, ends + self.more)],
+                lhs_dilation=(self.stride,),
+                dimension_numbers=("NHC", "HIO", "NHC"),
+            ),
+            (x.astype(self.dtype), kernel[::-1].astype(self.dtype)),
+            (("batch", None, None), (None, None, None)),
+            ("batch", None, None),
+        )
+        bias = partitioned(like_torch_bias(self.width * self.features), None)
+        return y + self.param("bias", bias, (self.features,)).astype(self.dtype)
 
 
 def limited(kernel: Float[Array, "*shape"], most: float, axes: Sequence[int]) -> Float[Array, "*shape"]:
