@@ -15,12 +15,21 @@ from zoo.errors import ZooError
 from zoo.types import Variables
 
 MODULES = (
+    "zoo.encoders.artifactgen",
+    "zoo.encoders.biot",
     "zoo.encoders.codes",
+    "zoo.encoders.du_in",
+    "zoo.encoders.deep4",
+    "zoo.encoders.eeg_conformer",
+    "zoo.encoders.eegnet",
     "zoo.encoders.iclabel",
     "zoo.encoders.labram",
+    "zoo.encoders.meg_image",
     "zoo.encoders.rbtransformer",
     "zoo.encoders.sequence",
+    "zoo.encoders.simple_conv",
     "zoo.encoders.tfm",
+    "zoo.encoders.shallow",
     "zoo.tokenizers.brainomni",
     "zoo.tokenizers.dewave",
     "zoo.tokenizers.du_in",
@@ -90,15 +99,14 @@ def create(name: str, **options: Any) -> nn.Module:
     return found.constructor(**{**found.options, **options, **alone})
 
 
-def load(name: str | Path) -> tuple[nn.Module, Variables]:
-    """The module and trained variables of a run's folder (`runs/NAME`).
+def load(name: str | Path, *, source: str | Path = "") -> tuple[nn.Module, Variables]:
+    """A module and its trained variables: of published weights, a run, an exported folder or the Hugging Face hub.
 
-    Use: `module, variables = zoo.load("runs/quickstart")`, then `module.apply(variables, signal, sensors)`. Raises
-    ZooError when the folder holds no run with a finished checkpoint.
+    See `zoo.weights.load.load`.
     """
-    from zoo.run import load as load_run
+    from zoo.weights.load import load as load_weights
 
-    return load_run(name)
+    return load_weights(name, source=source)
 
 
 def list_models(pattern: str = "") -> list[str]:
