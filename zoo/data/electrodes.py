@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,8 @@ _SPHERICAL = "easycap-M1"
 
 # Everything before T3 is a 10-10 site; what follows are other names of the same places, or pairs.
 _TEN_TEN_NAMES = LABRAM_NAMES[: LABRAM_NAMES.index("T3")]
+
+_OLDER_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
 
 _BIOSEMI_ABCD = re.compile(r"A([3-9]|[12]\d|3[0-2])|[BD]([1-9]|[12]\d|3[0-2])")
 """Names of BioSemi's ABCD layout that the 10-20 system does not know (it does know A1, A2, C1 … C6)."""
@@ -99,6 +102,24 @@ def attach_template_positions(raw: mne.io.BaseRaw) -> None:
     raw.set_montage(montage, on_missing="ignore", verbose="ERROR")
 
 
+@functools.cache
+def template(names: tuple[str, ...], spherical: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [n, 3] of 10-10 electrodes (also T3 to T6), and the centre [3] of the sphere through all sites.
+
+    float64, metres, head coordinates. spherical: on the sphere that manufacturers draw (easycap-M1), where that has all
+    of these electrodes; else on a real head (colin27_1005).
+
+    Raises ZooError for a name without a place.
+    """
+    wanted = [_OLDER_NAMES.get(name, name) for name in names]
+    for montage in (_SPHERICAL,) * spherical + (_ANATOMICAL,):
+        known, place = _ten_ten_positions(montage)
+        missing = [name for name in wanted if name not in known]
+        if not missing:
+            return np.array([place[known.index(name)] for name in wanted]), _sphere_centre(place)
+    raise ZooError(f"electrode {missing[0]!r} has no place in the 10-10 system")
+
+
 def _by_name(eeg: list[str]) -> dict[str, str]:
     if is_biosemi_abcd(eeg):
         raise ZooError(
@@ -143,6 +164,7 @@ def _nearest(raw: mne.io.BaseRaw, eeg: list[str]) -> dict[str, str]:
     return {name: names[i] for name, i in zip(eeg, cosine.argmax(axis=1), strict=True)}
 
 
+@functools.cache
 def _ten_ten_positions(montage_name: str) -> tuple[list[str], np.ndarray]:
     """The 10-10 names of one of MNE's montages and their positions [n, 3] in metres, head coordinates."""
     import mne

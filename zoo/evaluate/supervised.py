@@ -139,7 +139,8 @@ class SupervisedEstimator:
         encoder = create(self.name, **self.options)
         if self.adapter is None:
             return encoder
-        from zoo.layers.channel_adapter import Adapted, ChannelAdapter
+        from zoo.encoders.adapted import Adapted
+        from zoo.layers.channel_adapter import ChannelAdapter
 
         return Adapted(encoder, ChannelAdapter(**self.adapter))
 
