@@ -117,13 +117,17 @@ class MaskedCodes(CodeTask):
             return
         channels, samples = batch["signal"].shape[1:]
         rows, frames = tokenizer.grid(channels, samples)
-        patch = getattr(encoder, "patch", None)
-        if not tokenizer.CHANNEL_ROWS or patch is None or samples != frames * patch:
+        own = encoder.grid(channels, samples) if hasattr(encoder, "grid") else self._patches(channels, samples)
+        if own != (rows, frames):
             raise ZooError(
                 f"task: of {channels} channels of {samples} samples the tokenizer makes {rows} rows of {frames} tokens "
-                f"and {self.model} reads patches of {patch} samples of each channel: wanted the same grid; codes_tiny "
-                "reads any tokenizer's codes"
+                f"and {self.model} {own[0]} of {own[1]}: wanted the same grid; codes_tiny reads any tokenizer's codes"
             )
+
+    def _patches(self, channels: int, samples: int) -> tuple[int, int]:
+        """The grid of an encoder that cuts each channel into patches."""
+        patch = getattr(self.reader(), "patch", 0)
+        return channels, samples // patch if patch and samples % patch == 0 else 0
 
 
 def random_mask(key: Array, there: Bool[AnyArray, "B N"], ratio: float) -> Bool[Array, "B N"]:

@@ -95,7 +95,13 @@ class CodeTask:
                     f"task.options: place {options['place']!r}: the rows of {type(tokenizer).__name__} are not "
                     "channels, wanted 'index'"
                 )
-        encoder = create(self.model, **{"dtype": jnp.dtype(self.dtype), "remat": self.remat, **options})
+        # An encoder that has no such option is what the option's default says.
+        has: Any = entry(self.model).constructor
+        if self.dtype != "float32" or "dtype" in has.__dataclass_fields__:
+            options.setdefault("dtype", jnp.dtype(self.dtype))
+        if self.remat != "none" or "remat" in has.__dataclass_fields__:
+            options.setdefault("remat", self.remat)
+        encoder = create(self.model, **options)
         if not hasattr(encoder, "check_sensors"):
             raise ZooError(f"task.model: {self.model} is no encoder of codes or signals, such as codes_tiny")
         return encoder
