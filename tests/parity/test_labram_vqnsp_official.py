@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "LaBraM"))
 peer = pytest.importorskip("modeling_vqnsp", reason="no LaBraM, timm 0.4.12 or einops")
 
 from zoo.sensors import LABRAM_NAMES  # noqa: E402
-from zoo.tokenizers.labram_vqnsp import LaBraMVQNSP  # noqa: E402
+from zoo.tokenizers.labram_vqnsp import KEYS, LaBraMVQNSP  # noqa: E402
+from zoo.weights.keys import fill  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,68 +43,6 @@ def official() -> Any:
     return model
 
 
-def copied(model: Any) -> dict[str, Any]:
-    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-
-    def linear(name: str) -> dict[str, Any]:
-        return {
-            "kernel": state[f"{name}.weight"].reshape(len(state[f"{name}.bias"]), -1).T,
-            "bias": state[f"{name}.bias"],
-        }
-
-    def norm(name: str) -> dict[str, Any]:
-        return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
-
-    def head(name: str) -> dict[str, Any]:
-        return {"layers_0": linear(f"{name}.0"), "layers_2": linear(f"{name}.2")}
-
-    def layer(name: str) -> dict[str, Any]:
-        query, key, value = state[f"{name}.attn.qkv.weight"].reshape(3, 10, 20, 200).transpose(0, 3, 1, 2)
-        return {
-            "attention_norm": norm(f"{name}.norm1"),
-            "attention": {
-                "query": {"kernel": query, "bias": state[f"{name}.attn.q_bias"].reshape(10, 20)},
-                "key": {"kernel": key},
-                "value": {"kernel": value, "bias": state[f"{name}.attn.v_bias"].reshape(10, 20)},
-                "out": {
-                    "kernel": state[f"{name}.attn.proj.weight"].T.reshape(10, 20, 200),
-                    "bias": state[f"{name}.attn.proj.bias"],
-                },
-            },
-            "mlp_norm": norm(f"{name}.norm2"),
-            "mlp_in": linear(f"{name}.mlp.fc1"),
-            "mlp_out": linear(f"{name}.mlp.fc2"),
-        }
-
-    def transformer(name: str, depth: int) -> dict[str, Any]:
-        layers = [layer(f"{name}.blocks.{index}") for index in range(depth)]
-        return {
-            "embed_electrode": state[f"{name}.pos_embed"][0],
-            "embed_time": state[f"{name}.time_embed"][0],
-            "embed_cls": state[f"{name}.cls_token"][0, 0],
-            "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
-        }
-
-    embed = {}
-    for index in (1, 2, 3):
-        embed[f"conv{index}"] = {
-            "kernel": state[f"encoder.patch_embed.conv{index}.weight"][:, :, 0].transpose(2, 1, 0),
-            "bias": state[f"encoder.patch_embed.conv{index}.bias"],
-        }
-        embed[f"norm{index}"] = norm(f"encoder.patch_embed.norm{index}")
-    return {
-        "embed_patch": embed,
-        "encoder": transformer("encoder", 12),
-        "encoder_norm": norm("encoder.fc_norm"),
-        "code_head": head("encode_task_layer"),
-        "embed_code": linear("decoder.patch_embed.proj"),
-        "decoder": transformer("decoder", 3),
-        "decoder_norm": norm("decoder.fc_norm"),
-        "amplitude_head": head("decode_task_layer"),
-        "phase_head": head("decode_task_layer_angle"),
-    }
-
-
 @pytest.fixture(scope="module")
 def both() -> tuple[Any, Any, Any, np.ndarray]:
     """Their model, ours, our variables, a signal."""
@@ -111,14 +50,10 @@ def both() -> tuple[Any, Any, Any, np.ndarray]:
     ours = LaBraMVQNSP(codes=CODES, code_dim=WIDTH, kmeans=0)
     signal = np.random.default_rng(0).normal(size=(2, len(NAMES), 200 * PATCHES)).astype(np.float32)
     shapes = jax.eval_shape(ours.init, jax.random.key(0), signal, electrodes(NAMES))
-    params = copied(model)
-    shape = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
-    assert shape(params) == shape(
-        jax.tree.map(lambda box: box.value, shapes["params"], is_leaf=lambda x: hasattr(x, "value"))
-    )
-    codebook = model.quantize.embedding.weight.detach().numpy().copy()
-    books = {"embedding": codebook, "usage": np.ones(CODES, np.float32), "ready": np.array(True)}
-    return model, ours, jax.tree.map(jnp.asarray, {"params": params, "codebooks": {"quantizer": books}}), signal
+    tensors = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    variables, rows = fill(KEYS, tensors, shapes)
+    assert len({row.source for row in rows if row.target}) == 15 * 13 + 12 + 2 * 3 + 2 * 2 + 2 + 3 * 4 + 3
+    return model, ours, jax.tree.map(jnp.asarray, variables), signal
 
 
 def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:

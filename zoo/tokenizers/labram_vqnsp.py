@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from zoo.encoders.labram import ROWS, electrode_rows
+from zoo.encoders.labram import ROWS, block_keys, conv_keys, electrode_rows, linear_keys, norm_keys, table_keys
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, norm
 from zoo.layers.patch_transformer import TemporalConv
 from zoo.objectives.signal import from_spectrum, mean_square, spectrum, standardised_where
@@ -39,6 +39,7 @@ from zoo.registry import Card, register
 from zoo.sensors import LABRAM_NAMES
 from zoo.tokenizers.spectral import SpectralTokenizer, token_valid
 from zoo.types import AnyArray, Array, Sensors, Tokenized
+from zoo.weights.keys import Ignore, Key, Rule, below
 
 
 class LaBraMVQNSP(SpectralTokenizer):
@@ -153,6 +154,33 @@ def _signal(
     patches = jnp.where(valid[..., None], from_spectrum(amplitude, jnp.cos(phase), jnp.sin(phase)), 0)
     return standardised_where(patches, valid)[0] if scale is None else patches
 
+
+_TRANSFORMER = (*table_keys(), *block_keys(biases="apart", qk_norm=False, layer_scale=False))
+
+KEYS: tuple[Rule, ...] = (
+    *conv_keys("encoder.patch_embed"),
+    *(rule for part in ("encoder", "decoder") for rule in below(_TRANSFORMER, part, f"{part}.")),
+    *norm_keys("encoder.fc_norm", "encoder_norm"),
+    *norm_keys("decoder.fc_norm", "decoder_norm"),
+    Key("decoder.patch_embed.proj.weight", "params/embed_code/kernel", "o i 1 1 -> i o"),
+    Key("decoder.patch_embed.proj.bias", "params/embed_code/bias"),
+    *(
+        key
+        for source, target in (
+            ("encode_task_layer", "code_head"),
+            ("decode_task_layer", "amplitude_head"),
+            ("decode_task_layer_angle", "phase_head"),
+        )
+        for layer in (0, 2)
+        for key in linear_keys(f"{source}.{layer}", f"{target}/layers_{layer}")
+    ),
+    Key("quantize.embedding.weight", "codebooks/quantizer/embedding"),
+    Key("quantize.embedding.initted", "codebooks/quantizer/ready", "1 -> "),
+    Key("quantize.cluster_size", "codebooks/quantizer/usage"),
+    Ignore("quantize.embedding.cluster_size", "never used"),
+    Ignore("quantize.embedding.embed_avg", "never used"),
+)
+"""Of the official tokenizer."""
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "labram_vqnsp_tiny": (
