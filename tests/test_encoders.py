@@ -106,6 +106,27 @@ CASES = (
     Case("shallow_tiny", 4, 32, {"channels": NAMES[:4], "samples": 32}),
     Case("deep4_tiny", 4, 64, {"channels": NAMES[:4]}),
     Case("eeg_conformer_tiny", 4, 40, {"channels": NAMES[:4], "samples": 40}),
+    Case(
+        "eeg_vae_tiny",
+        4,
+        32,
+        {"channels": NAMES[:4], "samples": 32, "widths": (8, 8), "hidden": 8, "latents": 4},
+        wrong_windows=((40, "wants windows of 32 samples, a multiple of 4, got 40"),),
+    ),
+    Case(
+        "simple_conv_tiny",
+        4,
+        12,
+        {"virtual": 6, "frequencies": 2, "mixed": 6, "width": 8, "depth": 2, "outputs": 5, "subjects": 2},
+    ),
+    Case(
+        "meg_image_tiny",
+        4,
+        12,
+        {"virtual": 6, "frequencies": 2, "mixed": 6, "width": 8, "depth": 2, "outputs": 5, "samples": 12},
+        kind="mag",
+        wrong_windows=((11, "got a window of 11 samples, wanted 12"),),
+    ),
 )
 
 SLOW: tuple[str, ...] = ("shallow_tiny", "deep4_tiny")

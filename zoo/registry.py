@@ -22,6 +22,7 @@ MODULES = (
     "zoo.encoders.deep4",
     "zoo.encoders.eeg_conformer",
     "zoo.encoders.eegnet",
+    "zoo.encoders.eeg_vae",
     "zoo.encoders.iclabel",
     "zoo.encoders.labram",
     "zoo.encoders.meg_image",
