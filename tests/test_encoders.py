@@ -66,6 +66,14 @@ CASES = (
         wrong_windows=((30, "1 to 1000 frames of 40 samples every 20, got 30 samples"),),
     ),
     Case(
+        "cbramod_tiny",
+        3,
+        80,
+        {"channels": NAMES[:3], "depth": 2, "heads": 4, "conv_features": 10, "patch": 40},
+        patch=40,
+        wrong_windows=((60, "1 or more patches of 40 samples, got 60 samples"),),
+    ),
+    Case(
         "rbtransformer_tiny",
         4,
         80,
@@ -127,9 +135,34 @@ CASES = (
         kind="mag",
         wrong_windows=((11, "got a window of 11 samples, wanted 12"),),
     ),
+    Case("mvcnet_tiny", 4, 48, {"channels": NAMES[:4], "samples": 48}),
+    Case(
+        "mtam_tiny",
+        4,
+        160,
+        {"channels": NAMES[:4], "dim": 8, "parts": 2, "width": 4, "bands": ((4.0, 13.0), (13.0, 40.0))},
+        wrong_windows=((161, "2 equal parts, got 161"), (10, "has no frequency in it")),
+        # Softmax does not see one number added to all keys.
+        still=("['tower']['layers']['attention']['key']['bias']",),
+    ),
+    Case(
+        "brainomni_mini",
+        3,
+        100,
+        {
+            # Without k-means, so that codes that nothing trained differ.
+            "tokenizer_options": {"window": 64, "filters": 2, "dim": 16, "latents": 3, "codes": 64, "kmeans": 0},
+            "depth": 2,
+            "dim": 16,
+        },
+        # A bias that all keys have moves no softmax.
+        still=("['params']['blocks']['space']['key']['bias']",),
+        rounding=1e-3,
+        wrong_windows=((50, "a signal of 50 samples"),),
+    ),
 )
 
-SLOW: tuple[str, ...] = ("shallow_tiny", "deep4_tiny")
+SLOW: tuple[str, ...] = ("shallow_tiny", "deep4_tiny", "mvcnet_tiny")
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.
 GROUPED = [
