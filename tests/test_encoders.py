@@ -74,6 +74,14 @@ CASES = (
         wrong_windows=((60, "1 or more patches of 40 samples, got 60 samples"),),
     ),
     Case(
+        "eegpt_tiny",
+        3,
+        48,
+        {"dim": 16, "heads": 2, "patch": 16, "stride": 16},
+        patch=16,
+        wrong_windows=((40, "1 or more patches of 16 samples, got 40 samples"),),
+    ),
+    Case(
         "rbtransformer_tiny",
         4,
         80,
@@ -151,18 +159,50 @@ CASES = (
         100,
         {
             # Without k-means, so that codes that nothing trained differ.
-            "tokenizer_options": {"window": 64, "filters": 2, "dim": 16, "latents": 3, "codes": 64, "kmeans": 0},
+            "tokenizer_options": {"window": 32, "ratios": (2, 4), "filters": 2, "dim": 16, "latents": 3, "kmeans": 0},
             "depth": 2,
             "dim": 16,
         },
         # A bias that all keys have moves no softmax.
         still=("['params']['blocks']['space']['key']['bias']",),
         rounding=1e-3,
-        wrong_windows=((50, "a signal of 50 samples"),),
+        wrong_windows=((20, "a signal of 20 samples"),),
+    ),
+    Case(
+        "histn_tiny",
+        4,
+        48,
+        {"channels": NAMES[:4], "samples": 48, "regions": (((0, 1),), ((0, 1),)), "width": 8},
+    ),
+    Case(
+        "adhdeepnet_tiny",
+        4,
+        32,
+        {"channels": NAMES[:4], "samples": 32, "tower_widths": (8, 16, 8)},
+        wrong_windows=((40, "got windows of 40 samples, wanted 32"),),
+    ),
+    Case(
+        "glim_tiny",
+        4,
+        40,
+        {"channels": NAMES[:4], "samples": 40, "dim": 8, "queries": 4, "depth": 2, "heads": 2},
+        wrong_windows=((48, "wants windows of 40 samples, got 48"),),
+        # Layers over samples begin as nothing, so what is in them and what tells them waits for their gates to open;
+        # softmax does not see one number added to all keys.
+        still=(
+            "['samples']['attention']",
+            "['samples']['mlp",
+            "['embed_task']",
+            "['embed_dataset']",
+            "['embed_person']",
+            "['prompt_weight']",
+            "['queries']['attention']['key']['bias']",
+            "['queries']['across']['key']['bias']",
+        ),
     ),
 )
 
-SLOW: tuple[str, ...] = ("shallow_tiny", "deep4_tiny", "mvcnet_tiny")
+SLOW: tuple[str, ...] = ("shallow_tiny", "deep4_tiny", "mvcnet_tiny", "meg_image_tiny", "histn_tiny", "adhdeepnet_tiny")
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.
 GROUPED = [

@@ -15,6 +15,7 @@ from zoo.errors import ZooError
 from zoo.types import Variables
 
 MODULES = (
+    "zoo.encoders.adhdeepnet",
     "zoo.encoders.artifactgen",
     "zoo.encoders.biot",
     "zoo.encoders.cbramod",
@@ -24,11 +25,13 @@ MODULES = (
     "zoo.encoders.deep4",
     "zoo.encoders.eeg_conformer",
     "zoo.encoders.eegnet",
+    "zoo.encoders.eegpt",
     "zoo.encoders.eeg_vae",
     "zoo.encoders.glim",
     "zoo.encoders.iclabel",
     "zoo.encoders.histn",
     "zoo.encoders.labram",
+    "zoo.encoders.meg_gpt",
     "zoo.encoders.meg_image",
     "zoo.encoders.mtam",
     "zoo.encoders.rbtransformer",
