@@ -117,8 +117,8 @@ def test_info_prints_parameters_inputs_and_paper(capsys):
     [
         (["trian"], "no command is called 'trian'; the nearest is 'train'"),
         (["info", "labram_bas"], "no model is called 'labram_bas'; the nearest name is 'labram_base'"),
-        (["info"], "usage: zoo info MODEL; got nothing"),
-        (["info", "labram_base", "labram_tiny"], "usage: zoo info MODEL; got labram_base labram_tiny"),
+        (["info"], "usage: zoo info NAME; got nothing"),
+        (["info", "labram_base", "labram_tiny"], "usage: zoo info NAME; got labram_base labram_tiny"),
         (["fetch", "faces_egg"], "faces_eeg"),
         (["train"], "usage: zoo train CONFIG"),
         (["train", "--train.steps", "3"], "usage: zoo train CONFIG"),

@@ -1,6 +1,6 @@
 """Brain Zoo: any brain signal, any tokenizer, any encoder, one sharded training loop.
 
-The face is `create`, `load` and `list_models`; everything else is imported from its room.
+The face is `create`, `load`, `export` and `list_models`; everything else is imported from its room.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ if getattr(kernels, "DISTRIBUTION", None) != "brain-zoo":
 
 if TYPE_CHECKING:
     from zoo.registry import create, list_models, load
+    from zoo.weights.folder import export
+    from zoo.weights.load import load_head
 
-__all__ = ["__version__", "create", "list_models", "load"]
+__all__ = ["__version__", "create", "export", "list_models", "load", "load_head"]
+
+_FACE = {
+    "create": "zoo.registry",
+    "load": "zoo.registry",
+    "list_models": "zoo.registry",
+    "export": "zoo.weights.folder",
+    "load_head": "zoo.weights.load",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `zoo --help` does not pay for importing jax.
-    if name in ("create", "load", "list_models"):
-        return getattr(importlib.import_module("zoo.registry"), name)
+    if name in _FACE:
+        return getattr(importlib.import_module(_FACE[name]), name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

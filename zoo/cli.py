@@ -21,8 +21,9 @@ usage: zoo COMMAND …
   evaluate RUN               probe the newest checkpoint of a run again
   tokenize DATASET OUT       signals → codes, by a trained tokenizer; --decode CODES OUT: back
   generate RUN OUT           new signals from a next-code model, and their spectra beside real ones
-  list [PATTERN]             models, samples and recipes whose name holds PATTERN
-  info MODEL                 parameters, inputs and paper of a model
+  convert SOURCE OUT         weights of another framework → a folder of ours, every tensor accounted for
+  list [PATTERN]             models, weights, samples and recipes whose name holds PATTERN
+  info NAME                  parameters, inputs and paper of a model, or of published weights
 
 `zoo COMMAND --help` tells more. Bad input gives one line and exit code 2.
 """
@@ -197,39 +198,70 @@ def generate(arguments: Sequence[str]) -> None:
     run(Path(path), Path(out), chosen)
 
 
+def convert(arguments: Sequence[str]) -> None:
+    """zoo convert SOURCE OUT --arch NAME [OPTIONS], or zoo convert WEIGHTS OUT"""
+    from zoo.terminal import parse
+    from zoo.weights.convert import Options
+    from zoo.weights.convert import convert as run
+
+    words, options = _split_words(arguments)
+    chosen = parse(Options, options, prog="zoo convert SOURCE OUT")
+    source, out = _words(words, "zoo convert SOURCE OUT --arch NAME", 2)
+    run(source, out, chosen)
+
+
 def list_names(arguments: Sequence[str]) -> None:
     """zoo list [PATTERN]"""
     pattern = (_words(arguments, "zoo list [PATTERN]", 0, 1) or [""])[0]
     from zoo.data.samples import SAMPLES
     from zoo.layers.mixer import MIXERS, mixer_class
     from zoo.registry import entry, list_models
+    from zoo.weights.cards import PRETRAINED
 
     mixers = {name: _first_line(mixer_class(name).__module__) for name in MIXERS if pattern in name}
     models = {name: entry(name).card.title for name in list_models(pattern)}
+    weights = {name: f"trained on {card.about}" for name, card in PRETRAINED.items() if pattern in name}
     samples = {name: sample.about for name, sample in SAMPLES.items() if pattern in name}
     recipes = {name: recipe.source for name, recipe in RECIPES.items() if pattern in name}
-    for title, names in (("models", models), ("mixers", mixers), ("samples", samples), ("recipes", recipes)):
+    kinds = {"models": models, "weights": weights, "mixers": mixers, "samples": samples, "recipes": recipes}
+    for title, names in kinds.items():
         print(f"{title}:")
         for name, about in names.items():
             print(f"  {name:<22} {about}")
 
 
 def info(arguments: Sequence[str]) -> None:
-    """zoo info MODEL"""
-    name = _words(arguments, "zoo info MODEL", 1)[0]
+    """zoo info NAME"""
+    name = _words(arguments, "zoo info NAME", 1)[0]
     from zoo.registry import create, entry, parameter_count
+    from zoo.weights.cards import PRETRAINED
 
-    found = entry(name)
-    options = ", ".join(f"{key} {_in_short(value)}" for key, value in found.options.items()) or "the defaults"
-    for title, value in (
-        ("model", f"{name}: {found.card.title}"),
-        ("parameters", f"{parameter_count(create(name)):,}"),
-        ("input", found.card.inputs),
-        ("options", options),
-        ("evidence", found.card.evidence),
-        ("paper", found.card.paper),
-        ("code", f"{found.card.code} ({found.card.licence})"),
-    ):
+    weights = PRETRAINED.get(name)
+    found = entry(weights.arch if weights else name)
+    options = {**found.options, **(weights.options if weights else {})}
+    told = ", ".join(f"{key} {_in_short(value)}" for key, value in options.items()) or "the defaults"
+    of_weights: dict[str, Any] = {}
+    if weights:
+        from zoo.weights.load import where
+
+        of_weights = {
+            "trained on": weights.about,
+            "classifier": f"{weights.classes} classes" if weights.classes else "none",
+            "recipe": weights.recipe or "none",
+            "from": where(weights),
+            "sha256": weights.sha256,
+            "licence": weights.licence,
+        }
+    for title, value in {
+        "model": f"{weights.arch if weights else name}: {found.card.title}",
+        "parameters": f"{parameter_count(create(weights.arch if weights else name, **options)):,}",
+        "input": found.card.inputs,
+        "options": told,
+        "evidence": found.card.evidence,
+        "paper": found.card.paper,
+        "code": f"{found.card.code} ({found.card.licence})",
+        **of_weights,
+    }.items():
         print(f"{title:<11}{value}")
 
 
@@ -240,6 +272,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "evaluate": evaluate,
     "tokenize": tokenize,
     "generate": generate,
+    "convert": convert,
     "list": list_names,
     "info": info,
 }

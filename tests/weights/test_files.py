@@ -92,7 +92,7 @@ def test_a_wrong_hash(tmp_path):
     write(tmp_path / "a.safetensors", {"a": MOVED})
     right = sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
     read(tmp_path / "a.safetensors", sha256=right)
-    assert "is not the published file" in refused(tmp_path / "a.safetensors", sha256="0" * 64)
+    assert "is not the file it should be" in refused(tmp_path / "a.safetensors", sha256="0" * 64)
 
 
 def raw(header, data=b"", length=None) -> bytes:

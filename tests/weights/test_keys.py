@@ -5,13 +5,13 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Any
 
-import flax.traverse_util
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import drawn, written
 
 import zoo
 from zoo.errors import ZooError
@@ -157,22 +157,9 @@ def test_bfloat16_fits_float32():
 TOKENIZER = zoo.create("ephys_tokenizer", vocabulary=6, units=6, wave=4)
 
 
-def published() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Variables of a small EphysTokenizer, and the file of them that PyTorch would have written."""
-    made = jax.eval_shape(TOKENIZER.init, jax.random.key(0), *TOKENIZER.example())
-    flat = flax.traverse_util.flatten_dict(flax.linen.meta.unbox(made), sep="/")
-    rng = np.random.default_rng(1)
-    values = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in flat.items()}
-    file = {"token_weights_layer._temperature": np.array(0.001)}  # which the map leaves out
-    for rule in meg_gpt.KEYS:
-        if isinstance(rule, Key):
-            # The only moves of this map reverse the axes.
-            file[rule.source] = values[rule.target].T if rule.how else values[rule.target]
-    return flax.traverse_util.unflatten_dict(values, sep="/"), file
-
-
-VARIABLES, FILE = published()
 LEFT_OUT = "token_weights_layer._temperature"
+VARIABLES = drawn(TOKENIZER)
+FILE = {**written(meg_gpt.KEYS, VARIABLES), LEFT_OUT: np.array(0.001)}
 
 
 def halved(tensor: np.ndarray) -> np.ndarray:
@@ -230,5 +217,5 @@ def test_what_no_shape_can_tell_the_hash_of_the_file_does(tmp_path):
     known = sha256((tmp_path / "published.safetensors").read_bytes()).hexdigest()
     read(tmp_path / "published.safetensors", sha256=known)
     write(tmp_path / "changed.safetensors", changed)
-    with pytest.raises(ZooError, match="is not the published file"):
+    with pytest.raises(ZooError, match="is not the file it should be"):
         read(tmp_path / "changed.safetensors", sha256=known)

@@ -53,7 +53,7 @@ def read(path: str | Path, *, unwrap: str = "", sha256: str = "", largest: int =
     if not path.is_file():
         raise ZooError(f"{path}: no such file of weights")
     if sha256 and (found := file_sha256(path)) != sha256:
-        raise ZooError(f"{path}: its sha256 is {found}, wanted {sha256}: it is not the published file")
+        raise ZooError(f"{path}: its sha256 is {found}, wanted {sha256}: it is not the file it should be")
     ending = path.suffix.lower()
     if unwrap and ending not in MODEL_ENDINGS:
         raise ZooError(f"{path}: unwrap {unwrap!r}: only {', '.join(MODEL_ENDINGS)} hold dictionaries")

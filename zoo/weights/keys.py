@@ -125,6 +125,12 @@ def below(rules: Iterable[Rule], module: str, source: str = "") -> tuple[Rule, .
     return tuple(map(inner, rules))
 
 
+def kept(rules: Iterable[Rule], leaves: Iterable[str]) -> tuple[str, ...]:
+    """Which of the leaves a map leaves as they were made."""
+    patterns = [_pattern(rule.target) for rule in rules if isinstance(rule, Fresh)]
+    return tuple(leaf for leaf in leaves if any(pattern.fullmatch(leaf) for pattern in patterns))
+
+
 class _Filling:
     """The state of one `fill`: what of each tensor was used, what of each leaf is filled."""
 
@@ -277,4 +283,4 @@ def _indexed(target: str) -> tuple[str, int | None]:
 
 
 def _norm(array: np.ndarray) -> float:
-    return float(np.sqrt(np.sum(np.square(array, dtype=np.float64))))
+    return float(np.sqrt(np.sum(np.square(np.abs(array), dtype=np.float64))))
