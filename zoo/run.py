@@ -185,6 +185,10 @@ def open_data(config: Config) -> Dataset:
         from zoo.types import Sensors
 
         config.task.check_positions(Sensors(**dataset.sensor_tables()[0]))
+    if config.probe.classes and dataset.classes and not hasattr(config.task, "predict"):
+        raise ZooError(f"{dataset.path}: holds windows of events; a probe cuts its own, from continuous records")
+    if hasattr(config.task, "check_labels"):
+        config.task.check_labels(tuple(config.probe.classes) or dataset.classes, len(dataset.people))
     return dataset
 
 
@@ -206,6 +210,16 @@ def finish(config: Config, program: Program, state: State, dataset: Dataset, pla
         plots.mkdir(exist_ok=True)
         _plot_training(config, plots)
     _plot_reconstruction(config, program, state, dataset, place, plots)
+    if hasattr(config.task, "predict"):
+        from zoo.evaluate.held_out import held_out
+        from zoo.evaluate.report import held_out_line, write_scores
+
+        found = held_out(program, program.variables(state), dataset, place)
+        if main:
+            write_scores(found, config.folder / "evaluation.json")
+            for name, each in found.items():
+                print(held_out_line(name, each))
+        return
     if not config.probe.classes:
         return
     results = probe(config, program, state, dataset, place)
@@ -254,30 +268,16 @@ def probe(
 
 def embed(program: Program, variables: Variables, windows: Windows, place: BatchPlacer) -> np.ndarray:
     """Pooled features [N, D] float32 of every window, computed on the run's mesh."""
-    import jax
-
-    from zoo.train.mesh import replicated
-    from zoo.types import Sensors
+    from zoo.evaluate.held_out import over_windows
 
     encoder: Any = program.task.encoder()  # type: ignore[attr-defined]
 
-    def pooled(variables: Variables, batch: Mapping[str, Any]) -> jax.Array:
+    def pooled(variables: Variables, batch: Mapping[str, Any]) -> Any:
         inner = {name: value["encoder"] for name, value in variables.items() if "encoder" in value}
-        return encoder.apply(inner, batch["signal"], batch["sensors"]).pooled
+        whose = {"subject": batch["subject"]} if getattr(encoder, "subjects", 0) else {}
+        return encoder.apply(inner, batch["signal"], batch["sensors"], **whose).pooled
 
-    size = program.config.data.batch_size
-    with jax.set_mesh(program.mesh), program.context():
-        compute = jax.jit(pooled, out_shardings=replicated(program.mesh))
-        parts = []
-        for first in range(0, len(windows.label), size):
-            # The last batch is filled up with its first window, so that every batch has one shape.
-            chosen = np.arange(first, first + size)
-            chosen[chosen >= len(windows.label)] = first
-            mine = chosen[list(place.rows)]
-            of_recording = {name: value[windows.recording[mine]] for name, value in windows.sensors.items()}
-            batch = place({"signal": windows.signal[mine], "sensors": Sensors(**of_recording)})
-            parts.append(np.asarray(jax.device_get(compute(variables, batch))))
-    return np.concatenate(parts)[: len(windows.label)].astype(np.float32)
+    return over_windows(program, pooled, variables, windows, place)
 
 
 def _check_task(config: Config) -> None:
@@ -321,6 +321,7 @@ def make_loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int]
         mask_patch=data.mask_patch,
         mask_ratio=data.mask_ratio,
         channels=channels,
+        classes=config.probe.classes if hasattr(config.task, "predict") else None,
         rows=rows,
         threads=data.threads,
         prefetch=data.prefetch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from synthetic import PLAIN
 
 from zoo.data.loader import Loader
+from zoo.data.prepare import prepare
+from zoo.data.recipes import Window
 from zoo.data.store import Dataset
+from zoo.data.windows import record_windows
 from zoo.errors import ZooError
 
 
@@ -32,6 +37,8 @@ def test_what_a_batch_holds(dataset: Dataset) -> None:
         "mask": ((8, 6, 4), "bool"),
         "record": ((8,), "int32"),
         "start": ((8,), "int32"),
+        "label": ((8,), "int32"),
+        "subject": ((8,), "int32"),
     }
     sensors = batch["sensors"]
     assert sensors.position.shape == sensors.orientation.shape == (8, 6, 3)
@@ -53,6 +60,39 @@ def test_the_signal_is_where_it_says(dataset: Dataset) -> None:
             padded += len(wanted) < 6
     assert padded  # both montages came up
     assert len({int(start) % 200 for batch in batches for start in batch["start"]}) > 50  # the crops are random
+
+
+def test_labels_and_people_are_those_of_the_records(dataset: Dataset, recordings: Path, tmp_path: Path) -> None:
+    batch = next(make(dataset).at(0))
+    assert (batch["label"] == -1).all()
+    people = [dataset.recordings[dataset.recording[record]].subject for record in batch["record"]]
+    assert [dataset.people[person] for person in batch["subject"]] == people
+    assert dataset.people == ("s1", "s2", "s3")
+
+    prepare(recordings, tmp_path / "events", replace(PLAIN, window=Window(("right", "left", "BAD_jump"), -0.2, 0.8)))
+    events = Dataset.open(tmp_path / "events")
+    plain = next(make(events, window=80, mask_patch=0).at(0))
+    np.testing.assert_array_equal(plain["label"], events.label[plain["record"]])
+    sides = {"left": ("left",), "right": ("right",)}
+    chosen = make(events, window=80, mask_patch=0, classes=sides)
+    assert chosen.n_examples == (events.label < 2).sum() < len(events)
+    batch = next(chosen.at(0))
+    np.testing.assert_array_equal(batch["label"], 1 - events.label[batch["record"]])
+
+    windows = record_windows(events, np.arange(len(events)), 80, sides)
+    assert windows.label.tolist() == [1 - label for label in events.label if label < 2]
+    np.testing.assert_array_equal(windows.signal[0, :6], events[int(np.flatnonzero(events.label < 2)[0])][:, 10:90])
+    assert [events.people[person] for person in windows.person] == windows.subject.tolist()
+    for classes, message in (
+        ({"up": ("upward",)}, "class 'up' wants windows of 'upward'; there are those of right, left, BAD_jump"),
+        ({"a": ("left",), "b": ("left",)}, "'left' belong to two classes"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            make(events, window=80, mask_patch=0, classes=classes)
+    with pytest.raises(ZooError, match="no event: prepare with a recipe that has a window"):
+        make(dataset, classes=sides)
+    with pytest.raises(ZooError, match="is a labelled window of 200 samples"):
+        record_windows(events, np.arange(3), 200, {})
 
 
 def test_masks_are_exact_and_only_on_valid_channels(dataset: Dataset) -> None:

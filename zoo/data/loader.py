@@ -8,13 +8,14 @@ many hosts share a batch change nothing, and a run resumes exactly, also on othe
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from zoo.data.recording import PADDING
+from zoo.data.windows import class_labels
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Loader:
     mask_patch  samples a patch of the mask; 0 gives no mask
     mask_ratio  share of the patches of valid channels that is masked
     channels    valid channels drawn at random for each example; 0 takes all channels as they are
+    classes     class name → event labels that belong to it, for records of events: others are left out. Empty: the
+                label of a record is its event's
     rows        this host's rows of each batch; None for all
     threads     batches that are read at a time; 0 reads in the caller's thread
     prefetch    batches held ready
@@ -53,11 +56,16 @@ class Loader:
         mask_patch: int = 0,
         mask_ratio: float = 0.0,
         channels: int = 0,
+        classes: Mapping[str, tuple[str, ...]] | None = None,
         rows: Sequence[int] | None = None,
         threads: int = 1,
         prefetch: int = 4,
     ) -> None:
         records = np.asarray(records, np.int64)
+        self._label = dataset.label
+        if classes:
+            self._label = class_labels(dataset, classes)
+            records = records[self._label[records] >= 0]
         windows = dataset.length[records] // window
         if not windows.sum():
             longest = dataset.length[records].max(initial=0)
@@ -105,6 +113,8 @@ class Loader:
                  example, all on valid channels; absent without `mask_patch`
         record   int32 [b], index into the dataset's records
         start    int32 [b], first sample in the recording
+        label    int32 [b], index into `classes`, or the dataset's own; −1 for a record without
+        subject  int32 [b], index into the dataset's people
         """
         import grain
 
@@ -158,4 +168,11 @@ class Loader:
         sensors = {field: values[table, channel] for field, values in self._sensors.items()}
         for field, fill in PADDING.items():
             sensors[field][channel < 0] = fill
-        return {**stacked, "sensors": Sensors(**sensors), "record": record, "start": stacked["start"].astype(np.int32)}
+        return {
+            **stacked,
+            "sensors": Sensors(**sensors),
+            "record": record,
+            "start": stacked["start"].astype(np.int32),
+            "label": self._label[record].astype(np.int32),
+            "subject": self.dataset.person[self.dataset.recording[record]].astype(np.int32),
+        }

@@ -46,6 +46,8 @@ class Records:
     recordings  one `StoredRecording` each
     montages    the different sets of channels among them
     classes     label names of event windows, empty for what is continuous
+    people      names of all people, sorted
+    person      [recordings] int64 array: index of each recording's person in `people`
     splits      the default split: name -> record indices
     n_channels  most channels of any recording
     recording, start, length, label, split
@@ -65,6 +67,8 @@ class Records:
         self.classes: tuple[str, ...] = tuple(plain["classes"])
         self.recordings = tuple(StoredRecording.from_json(each) for each in plain["recordings"])
         self.montages = tuple(Montage.from_json(each) for each in plain["montages"])
+        self.people = tuple(sorted({recording.subject for recording in self.recordings}))
+        self.person = np.array([self.people.index(recording.subject) for recording in self.recordings], np.int64)
         self.n_channels = max(len(montage.names) for montage in self.montages)
         self.recording, self.start, self.length, self.label = (
             index[field].astype(np.int64) for field in ("recording", "start", "length", "label")

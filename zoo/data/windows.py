@@ -25,6 +25,7 @@ class Windows:
     label      [N] int64, index into `classes`
     classes    class names
     subject    [N] person of each window
+    person     [N] int64, index of that person in the dataset's people
     recording  [N] int64, index into the dataset's recordings
     onset      [N] int64, samples from the start of the recording to the event
     rate_hz    sampling rate
@@ -37,6 +38,7 @@ class Windows:
     label: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     subject: npt.NDArray[np.str_]
+    person: npt.NDArray[np.int64]
     recording: npt.NDArray[np.int64]
     onset: npt.NDArray[np.int64]
     rate_hz: float
@@ -100,12 +102,68 @@ def event_windows(
         label=label,
         classes=tuple(classes),
         subject=np.array([dataset.recordings[number].subject for number in recording_of]),
+        person=dataset.person[recording_of],
         recording=recording_of,
         onset=onset,
         rate_hz=dataset.rate_hz,
         sensors={field: values[row_of] for field, values in tables.items()},
         left_out=dict(left_out),
     )
+
+
+def record_windows(
+    dataset: Dataset, records: npt.NDArray[np.int64], size: int, classes: Mapping[str, tuple[str, ...]]
+) -> Windows:
+    """The middle `size` samples of records that were cut around events (a recipe's `window`), as windows.
+
+    classes  class name → labels of the events that belong to it, others are left out; empty: every label is a class.
+
+    Raises ZooError for a label no record has, or that two classes claim, and where no record is left.
+    """
+    label = class_labels(dataset, classes) if classes else dataset.label
+    chosen = np.asarray([i for i in records if label[i] >= 0 and dataset.length[i] >= size], np.int64)
+    if not len(chosen):
+        raise ZooError(f"{dataset.path}: none of {len(records)} records is a labelled window of {size} samples")
+    first = (dataset.length[chosen] - size) // 2
+    signal = np.zeros((len(chosen), dataset.n_channels, size), np.float32)
+    for window, i, at in zip(signal, chosen, first, strict=True):
+        record = dataset[int(i)]
+        window[: len(record)] = record[:, at : at + size]
+    recording_of = dataset.recording[chosen]
+    tables, row_of = dataset.sensor_tables()
+    return Windows(
+        signal=signal,
+        label=label[chosen],
+        classes=tuple(classes) or dataset.classes,
+        subject=np.array([dataset.recordings[number].subject for number in recording_of]),
+        person=dataset.person[recording_of],
+        recording=recording_of,
+        onset=dataset.start[chosen] + first,
+        rate_hz=dataset.rate_hz,
+        sensors={field: values[row_of] for field, values in tables.items()},
+        left_out={},
+    )
+
+
+def class_labels(dataset: Dataset, classes: Mapping[str, tuple[str, ...]]) -> npt.NDArray[np.int64]:
+    """Class of every record that was cut around an event, [records], −1 where its label is in no class.
+
+    Raises ZooError for a label that the dataset's windows do not have, or that two classes claim.
+    """
+    class_of: dict[str, int] = {}
+    for number, (name, labels) in enumerate(classes.items()):
+        for label in labels:
+            if label not in dataset.classes:
+                raise ZooError(
+                    f"{dataset.path}: class {name!r} wants windows of {label!r}; there are those of "
+                    f"{', '.join(dataset.classes) or 'no event: prepare with a recipe that has a window'}"
+                )
+            if label in class_of:
+                raise ZooError(f"events called {label!r} belong to two classes")
+            class_of[label] = number
+    # One more, for records without a label: −1 looks up the last.
+    table = np.array([*(class_of.get(label, -1) for label in dataset.classes), -1])
+    return table[dataset.label]
 
 
 def _class_of(dataset: Dataset, classes: Mapping[str, tuple[str, ...]]) -> dict[str, int]:

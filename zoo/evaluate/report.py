@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,8 +31,23 @@ def print_table(results: Mapping[str, ProbeResult]) -> None:
         print(plain_text(results), end="")
 
 
+def held_out_line(name: str, scores: Scores) -> str:
+    """One line for one decoder on one set of trials."""
+    value, low, high = map(_decimal, scores.balanced_accuracy)
+    return f"{name}: balanced accuracy {value} [95 %: {low}, {high}] on {scores.trials} held-out windows"
+
+
+def write_scores(scores: Mapping[str, Scores], out: Path) -> None:
+    """Writes name → `Scores.to_json`, whole or not at all."""
+    _write(scores, out)
+
+
 def write_json(results: Mapping[str, ProbeResult], out: Path) -> None:
     """Writes every score of every person, whole or not at all: name → `ProbeResult.to_json`."""
+    _write(results, out)
+
+
+def _write(results: Mapping[str, Any], out: Path) -> None:
     part = out.with_name(f".{out.name}.part")
     try:
         part.write_text(json.dumps({name: result.to_json() for name, result in results.items()}, indent=1))

@@ -254,6 +254,8 @@ def _begin_from(variables: Any, initial: Variables, adapted: bool) -> Any:
         old = inside.get("encoder", {}) if adapted else inside
         if jax.tree.map(jnp.shape, dict(old)) != jax.tree.map(jnp.shape, dict(values)):
             raise ZooError(f"initial: its {name} are not those of the encoder")
+        # Copies: the step is given these arrays for good.
+        values = jax.tree.map(jnp.array, values)
         merged[name] = {**merged[name], "encoder": {**inside, "encoder": values} if adapted else values}
     return merged
 

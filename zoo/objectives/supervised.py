@@ -5,7 +5,9 @@ Labels are int [B]; −1 is none, and such a row counts for nothing. All is floa
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,8 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from zoo.encoders.adapted import Adapted
+from zoo.encoders.encoder import Encoder
 from zoo.errors import ZooError
-from zoo.types import AnyArray, Array, Sensors
+from zoo.layers.channel_adapter import ChannelAdapter
+from zoo.registry import create
+from zoo.types import AnyArray, Array, Batch, Sensors, Variables
 
 
 def cross_entropy(
@@ -85,6 +91,141 @@ def class_weights(label: Int[np.ndarray, " N"], classes: int) -> Float[np.ndarra
             f"class_weights: got {counts.tolist()} examples of the classes, wanted some of each of {classes}"
         )
     return (counts.sum() / (classes * counts)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The task: an encoder and its published classifier learn the labels of windows. Its own configuration.
+
+    Attributes:
+        model: registered encoder
+        options: replacements for its options
+        classes: K of the classifier; 1 tells two classes apart by one logit (binary cross-entropy)
+        smoothing: of labels
+        ordinal_spread: above 0, classes have an order, and near ones are half right: see `ordinal_labels`
+        class_weights: one a class; empty counts every window the same
+        dropout: before the classifier, besides its own
+        channels: how the recording's channels become the encoder's: identity, learned or interpolate
+        montage: names of the encoder's channels where an adapter leads to them; empty for those it asks for itself
+        inputs: how many channels recordings have, for a learned map
+        max_norm: largest norm of an output's weights in a learned map; 0 for none
+    """
+
+    model: str = "eegnet_base"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    classes: int = 2
+    smoothing: float = 0.0
+    ordinal_spread: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    dropout: float = 0.0
+    channels: Literal["identity", "learned", "interpolate"] = "identity"
+    montage: tuple[str, ...] = ()
+    inputs: int = 0
+    max_norm: float = 0.0
+
+    def encoder(self) -> Any:
+        """The encoder, behind its adapter where it has one. Raises ZooError for a model that is none."""
+        encoder = create(self.model, **self.options)
+        if not isinstance(encoder, Encoder):
+            raise ZooError(f"task.model: {self.model} is not an encoder of signals, such as eegnet_base")
+        if self.channels == "identity":
+            return encoder
+        outputs = self.montage or encoder.montage
+        if not outputs:
+            raise ZooError(f"task.montage: {self.model} takes any channels; wanted the names of those to lead to")
+        adapter = ChannelAdapter(self.channels, outputs, self.inputs or None, self.max_norm)
+        return Adapted(encoder, adapter)
+
+    def module(self) -> Classifier:
+        """Encoder and classifier."""
+        return Classifier(self.encoder(), self.classes, self.dropout)
+
+    def init(self, key: Array, batch: Batch) -> Variables:
+        """Variables for the shapes of `batch`, boxed with logical axis names."""
+        variables: Variables = self.module().init(key, batch["signal"], batch["sensors"], subject=_subject(batch))
+        return variables
+
+    def loss(
+        self, variables: Variables, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Mapping[str, Array], Variables]:
+        """Cross-entropy, a mean over labelled windows by their class's weight.
+
+        Metrics: accuracy, balanced accuracy (the mean over the classes that the batch has), the weight.
+        """
+        statistics = [name for name in variables if name != "params"]
+        logits: Any
+        logits, new = self.module().apply(
+            variables,
+            batch["signal"],
+            batch["sensors"],
+            subject=_subject(batch),
+            train=train,
+            rngs={"dropout": key},
+            mutable=statistics if train else [],
+        )
+        label = jnp.asarray(batch["label"])
+        weights = jnp.asarray(self.class_weights, jnp.float32) if self.class_weights else None
+        if self.classes == 1:
+            count = jnp.sum(label >= 0).astype(jnp.float32)
+            value = binary_cross_entropy(logits[:, 0], label, smoothing=self.smoothing)
+            chosen = (logits[:, 0] > 0).astype(jnp.int32)
+        else:
+            wanted: Any = ordinal_labels(label, self.classes, self.ordinal_spread) if self.ordinal_spread else label
+            value = cross_entropy(logits, wanted, smoothing=self.smoothing, weights=weights)
+            count = wanted_and_weight(wanted, self.classes, weights=weights)[1].sum()
+            chosen = logits.argmax(-1)
+        return value, {**accuracies(chosen, label, max(2, self.classes)), "weight": count}, new
+
+    def predict(self, variables: Variables, batch: Batch) -> Float[Array, "B K"]:
+        """Class probabilities of every window; two of them for one logit."""
+        logits: Any = self.module().apply(variables, batch["signal"], batch["sensors"], subject=_subject(batch))
+        if self.classes == 1:
+            logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+        return jax.nn.softmax(logits)
+
+    def flops(self, batch: Batch) -> float:
+        """Operations of the encoder's forward pass over `batch`; its classifier's do not count."""
+        examples, channels, samples = batch["signal"].shape
+        return float(examples * self.encoder().flops(channels, samples))
+
+    def check_recording(self, rate_hz: float, kinds: tuple[str, ...], names: tuple[str, ...]) -> None:
+        """Raises ZooError when the encoder, or its adapter, cannot take such a recording."""
+        self.encoder().check_recording(rate_hz, kinds, names)
+
+    def check_positions(self, sensors: Sensors) -> None:
+        """Raises ZooError for sensors, on the host, whose place it must know and does not."""
+        self.encoder().check_positions(sensors)
+
+    def check_labels(self, classes: tuple[str, ...], people: int) -> None:
+        """Raises ZooError when recordings have other classes or more people than this learns."""
+        if len(classes) != max(2, self.classes):
+            raise ZooError(
+                f"task.classes: got {self.classes}, windows have {len(classes)}, {', '.join(classes) or 'no labels'}; "
+                "wanted as many as probe.classes, or as the events of the recipe's window"
+            )
+        if self.class_weights and len(self.class_weights) != self.classes:
+            raise ZooError(f"task.class_weights: got {len(self.class_weights)} of them, wanted {self.classes}")
+        rows = self.encoder().subjects
+        if rows and rows < people:
+            raise ZooError(f"task.options: {self.model} has a subject layer of {rows} people, the recordings {people}")
+
+
+def accuracies(chosen: Int[AnyArray, " B"], label: Int[AnyArray, " B"], classes: int) -> dict[str, Array]:
+    """Share of right answers among labelled rows, and the mean of that over the classes that are there."""
+    chosen, label = jnp.asarray(chosen), jnp.asarray(label)
+    right = (chosen == label).astype(jnp.float32)
+    of_class = jax.nn.one_hot(label, classes)
+    counts = of_class.sum(0)
+    recall = right @ of_class / jnp.maximum(counts, 1)
+    return {
+        "accuracy": jnp.sum(right, where=label >= 0) / jnp.maximum(counts.sum(), 1),
+        "balanced_accuracy": jnp.sum(recall) / jnp.maximum(jnp.sum(counts > 0), 1),
+    }
+
+
+def _subject(batch: Batch) -> Array:
+    """The person of every example, −1 where the batch does not say."""
+    return jnp.asarray(batch["subject"]) if "subject" in batch else jnp.full(len(batch["signal"]), -1, jnp.int32)
 
 
 class Classifier(nn.Module):
