@@ -158,8 +158,11 @@ CASES = (
         3,
         100,
         {
-            # Without k-means, so that codes that nothing trained differ.
-            "tokenizer_options": {"window": 32, "ratios": (2, 4), "filters": 2, "dim": 16, "latents": 3, "kmeans": 0},
+            # Without k-means and with large weights, so that codes that nothing trained differ.
+            "tokenizer_options": {
+                **{"window": 32, "ratios": (2, 4), "filters": 2, "dim": 16, "latents": 6, "kmeans": 0},
+                "spread": 1.0,
+            },
             "depth": 2,
             "dim": 16,
         },
@@ -199,6 +202,26 @@ CASES = (
             "['queries']['attention']['key']['bias']",
             "['queries']['across']['key']['bias']",
         ),
+    ),
+    Case(
+        "meg_gpt_tiny",
+        2,
+        24,
+        {"channels": 2, "layers": ((24, 1), (4, 4)), "steps": 6, "dim": 16, "hidden": 8},
+        kind="roi",
+        # Biases that all keys have move no softmax.
+        still=tuple(f"['params']['blocks_{n}']['key{part}bias']" for n in (0, 1) for part in ("_patch_", "']['")),
+        rounding=1e-3,
+        wrong_windows=((30, "wants windows of 24 samples, got 30 samples"),),
+    ),
+    Case(
+        "geometric_tiny",
+        3,
+        32,
+        {"samples": 32, "patch": 8, "dim": 16, "heads": 2, "hidden": 16},
+        wrong_windows=((40, "wants windows of 32 samples, a multiple of 8, got 40"),),
+        # Softmax does not see one number added to all keys.
+        still=("['blocks']['attention']['key']['bias']",),
     ),
 )
 

@@ -27,6 +27,7 @@ MODULES = (
     "zoo.encoders.eegnet",
     "zoo.encoders.eegpt",
     "zoo.encoders.eeg_vae",
+    "zoo.encoders.geometric",
     "zoo.encoders.glim",
     "zoo.encoders.iclabel",
     "zoo.encoders.histn",

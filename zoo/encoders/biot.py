@@ -183,14 +183,14 @@ class EluHead(nn.Module):
 
 
 def channel_table(
-    module: nn.Module, sensors: Sensors, channels: int | tuple[str, ...], dim: int
+    module: nn.Module, sensors: Sensors, channels: int | tuple[str, ...], dim: int, std: float = 1.0
 ) -> Float[Array, "B C D"]:
     """Each channel's row of `module`'s parameter `embed_channel`: by name, or by place where `channels` is a number.
 
-    A valid channel whose name is no row's is NaN, so that it cannot pass for another.
+    It begins with a spread of `std`. A valid channel whose name is no row's is NaN, so that it cannot pass for another.
     """
     count = channels if isinstance(channels, int) else len(channels)
-    init = partitioned(nn.initializers.normal(1.0), None, "embed")
+    init = partitioned(nn.initializers.normal(std), None, "embed")
     # Made whole before rows are taken of it: from a split table XLA would copy the batch to every device.
     table = nn.with_logical_constraint(module.param("embed_channel", init, (count, dim)), (None, None))
     if isinstance(channels, int):
