@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zoo.encoders.biot import BIPOLAR
-from zoo.weights.keys import Rule, below
+from zoo.weights.keys import Ignore, Key, Rule, below
 
 CLASSES = 4
 ELECTRODES = ("FP1", "FP2", "F7", "F3", "FZ", "F4", "F8", "T7", "C3", "CZ", "C4", "T8", "P7", "P3", "PZ", "P4")
@@ -32,7 +32,10 @@ class Peer:
     keys, head_keys  "module:NAME" of the key maps of the encoder and of its classifier
     channels         of the windows, canonical names
     samples, rate_hz of the windows
-    placed           whether the peer is told where its channels are
+    placed           whether the peer is told which its channels are, and where
+    ignored          its tensors that hold nothing learned
+    mean_width       where its own classifier reads what ours does not: a linear map of the mean of its tokens, which
+                     have so many features, stands in for that and for what it calls `proj_out`
     """
 
     theirs: str
@@ -44,10 +47,13 @@ class Peer:
     samples: int = 1000
     rate_hz: float = 250.0
     placed: bool = False
+    ignored: tuple[str, ...] = ()
+    mean_width: int = 0
 
     def rules(self) -> tuple[Rule, ...]:
         """The peer's tensors as variables of `zoo.objectives.supervised.Classifier`."""
-        return (*below(_named(self.keys), "encoder"), *below(_named(self.head_keys), "head"))
+        ignored = [Ignore(name, "not learned") for name in self.ignored]
+        return (*below(_named(self.keys), "encoder"), *below(_named(self.head_keys), "head"), *ignored)
 
     def build(self) -> Any:
         """The peer."""
@@ -64,7 +70,13 @@ class Peer:
             sizes["chs_info"] = [
                 {"ch_name": name, "loc": place} for name, place in zip(self.channels, self.positions, strict=True)
             ]
-        return getattr(models, self.theirs)(**sizes, **self.their_options)
+        net = getattr(models, self.theirs)(**sizes, **self.their_options)
+        if self.mean_width:
+            nn = importlib.import_module("torch.nn")
+            net.proj_out = nn.Identity()
+            mean = nn.Flatten(1, 2), nn.AdaptiveAvgPool2d((1, self.mean_width)), nn.Flatten(1)
+            net.final_layer = nn.Sequential(*mean, nn.Linear(self.mean_width, CLASSES))
+        return net
 
     @property
     def positions(self) -> np.ndarray:
@@ -76,6 +88,13 @@ class Peer:
 def _named(place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+MEAN_HEAD_KEYS: tuple[Rule, ...] = (
+    Key("final_layer.3.weight", "params/linear/kernel", "o i -> i o"),
+    Key("final_layer.3.bias", "params/linear/bias"),
+)
+"""Of the stand-in."""
 
 
 def _plain(theirs: str, module: str) -> Peer:
@@ -101,6 +120,24 @@ PEERS: Mapping[str, Peer] = {
         "zoo.encoders.biot:BRAINDECODE_HEAD_KEYS",
         channels=BIPOLAR,
         rate_hz=200.0,
+    ),
+    "cbramod_base": Peer(
+        "CBraMod",
+        "zoo.encoders.cbramod:KEYS",
+        "benchmarks.encoder_peers:MEAN_HEAD_KEYS",
+        samples=800,
+        rate_hz=200.0,
+        mean_width=200,
+    ),
+    "eegpt_large": Peer(
+        "EEGPT",
+        "zoo.encoders.eegpt:KEYS",
+        "zoo.encoders.eegpt:BRAINDECODE_HEAD_KEYS",
+        their_options={"patch_stride": 64, "chan_proj_type": "none"},
+        samples=1024,
+        rate_hz=256.0,
+        placed=True,
+        ignored=("chans_id",),
     ),
     "simple_conv_base": Peer(
         "BrainModule",

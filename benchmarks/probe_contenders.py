@@ -1,7 +1,8 @@
 """Which encoders `benchmarks/probes.py` trains on `faces_eeg`, on which windows, with which settings.
 
-A registered encoder that is not among `CONTENDERS` is tried with `Contender` as it is: `channels` and `samples` set
-where it has such options. Settings were chosen on the first 60 % of each recording (`--share 0.6`).
+A registered encoder that is not among `CONTENDERS` is tried too: on a second at its own rate, standardised by person,
+with `SETTINGS`, and with `channels` and `samples` set where it has such options. Settings were chosen on the first 60 %
+of each recording (`--share 0.6`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Contender:
 
 
 SECOND = (-0.2, 0.8)
-EEGNET_SETTINGS = {"epochs": 20, "learning_rate": 2e-3, "channel_dropout": 0.3}
+SETTINGS = {"epochs": 20, "learning_rate": 2e-3, "channel_dropout": 0.3}
 EEGNET = {"filters": 8, "width": 32, "late_width": 8, "pools": (2, 4), "dropout": 0.5}
 """EEGNet for 64 Hz: its widths and pools in seconds are the paper's at 128 Hz."""
 
@@ -51,13 +52,13 @@ CONTENDERS: Mapping[str, Contender] = {
     "shrinkage LDA, 128 Hz from -0.2 s": Contender("", 128.0, SECOND),
     "shrinkage LDA, by person": Contender("", RATE_HZ, by_person=True),
     "shrinkage LDA, 32 sites by person": Contender("", RATE_HZ, sites=32, by_person=True),
-    "eegnet": Contender("eegnet_base", options=EEGNET, settings=EEGNET_SETTINGS),
-    "eegnet, by person": Contender("eegnet_base", by_person=True, options=EEGNET, settings=EEGNET_SETTINGS),
+    "eegnet": Contender("eegnet_base", options=EEGNET, settings=SETTINGS),
+    "eegnet, by person": Contender("eegnet_base", by_person=True, options=EEGNET, settings=SETTINGS),
     "eegnet ensemble, by person": Contender(
-        "eegnet_base", by_person=True, options=EEGNET, settings={**EEGNET_SETTINGS, "ensemble": 8}
+        "eegnet_base", by_person=True, options=EEGNET, settings={**SETTINGS, "ensemble": 8}
     ),
     "eegnet ensemble, 32 sites by person": Contender(
-        "eegnet_base", sites=32, by_person=True, options=EEGNET, settings={**EEGNET_SETTINGS, "ensemble": 8}
+        "eegnet_base", sites=32, by_person=True, options=EEGNET, settings={**SETTINGS, "ensemble": 8}
     ),
     "labram_tiny, pretrained": Contender("labram_tiny", pretraining=("configs/quickstart.py",)),
     "cbramod_tiny, pretrained": Contender(

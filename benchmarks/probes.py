@@ -30,7 +30,7 @@ import numpy as np
 # Before this file's own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.probe_contenders import CONTENDERS, RATE_HZ, Contender
+from benchmarks.probe_contenders import CONTENDERS, RATE_HZ, SECOND, SETTINGS, Contender
 from zoo.errors import ZooError
 from zoo.terminal import parse
 
@@ -121,7 +121,8 @@ def wanted(options: Options) -> tuple[str, ...]:
 
 
 def contender(name: str) -> Contender:
-    return CONTENDERS.get(name) or Contender(name)
+    """What a row is; a registered encoder that the table has not gets what the table's get."""
+    return CONTENDERS.get(name) or Contender(name, window=SECOND, by_person=True, settings=SETTINGS)
 
 
 def settings_of(what: Contender, options: Options) -> dict[str, Any]:
@@ -153,7 +154,9 @@ def apart(name: str, options: Options, arguments: Sequence[str]) -> dict[str, An
     command = [sys.executable, str(Path(__file__)), "row", name, str(out), *arguments]
     before = time.monotonic()
     try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=options.seconds)
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=options.seconds
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"not finished after {options.seconds:g} s"}
     if done.returncode:
