@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,15 +20,17 @@ class MultiHead(nn.Module):
     heads, width  attention heads, features of each; width is D / heads unless given
     bias          of queries, keys and values; what leaves has one always
     dropout       of the attention weights, in training; stream "dropout"
+    init, out_init
+                  of the kernels [D, H, K] and [H, K, D]; as PyTorch's Linear unless given, as biases are
     dtype         compute dtype; the softmax is float32
-
-    Kernels and biases begin as PyTorch's Linear does.
     """
 
     heads: int
     width: int = 0
     bias: bool = True
     dropout: float = 0.0
+    init: Any = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", (0,), (1, 2))
+    out_init: Any = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", (0, 1), (2,))
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -42,13 +46,12 @@ class MultiHead(nn.Module):
         """valid: tokens of the context that are seen; where none is, all are. causal: token n sees tokens 0 to n."""
         dim = x.shape[-1]
         width = self.width or dim // self.heads
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", (0,), (1, 2))
 
         def project(name: str, given: Array) -> Array:
             inputs = given.shape[-1]
             bias = like_torch_bias(inputs)
             return split_heads(
-                inputs, self.heads, width, bias=self.bias, init=init, bias_init=bias, dtype=self.dtype, name=name
+                inputs, self.heads, width, bias=self.bias, init=self.init, bias_init=bias, dtype=self.dtype, name=name
             )(given)
 
         query, key, value = project("query", x), project("key", context), project("value", context)
@@ -64,7 +67,7 @@ class MultiHead(nn.Module):
             width,
             dim,
             bias=True,
-            init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", (0, 1), (2,)),
+            init=self.out_init,
             bias_init=like_torch_bias(self.heads * width),
             dtype=self.dtype,
             name="out",
