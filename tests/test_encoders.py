@@ -82,6 +82,20 @@ CASES = (
         wrong_windows=((40, "1 or more patches of 16 samples, got 40 samples"),),
     ),
     Case(
+        "neurobolt_tiny",
+        3,
+        160,
+        {
+            "channels": (*NAMES[:3], *OTHERS[:3]),
+            "samples": 160,
+            "labram": {"patch": 40, "conv_features": 4, "dim": 20, "heads": 2, "mlp_ratio": 1, "depth": 1},
+            "window": 20,
+            "scales": 2,
+            "heads": 2,
+        },
+        wrong_windows=((80, "windows of 160 samples, got 80"),),
+    ),
+    Case(
         "rbtransformer_tiny",
         4,
         80,
@@ -225,7 +239,19 @@ CASES = (
     ),
 )
 
-SLOW: tuple[str, ...] = ("shallow_tiny", "deep4_tiny", "mvcnet_tiny", "meg_image_tiny", "histn_tiny", "adhdeepnet_tiny")
+SLOW: tuple[str, ...] = (
+    "shallow_tiny",
+    "deep4_tiny",
+    "mvcnet_tiny",
+    "meg_image_tiny",
+    "histn_tiny",
+    "adhdeepnet_tiny",
+    "artifactgen_tiny",
+    "artifactgen_unet_tiny",
+    "eeg_vae_tiny",
+    "mtam_tiny",
+    "glim_tiny",
+)
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.
 GROUPED = [

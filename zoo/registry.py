@@ -35,6 +35,7 @@ MODULES = (
     "zoo.encoders.meg_gpt",
     "zoo.encoders.meg_image",
     "zoo.encoders.mtam",
+    "zoo.encoders.neurobolt",
     "zoo.encoders.rbtransformer",
     "zoo.encoders.sequence",
     "zoo.encoders.simple_conv",
