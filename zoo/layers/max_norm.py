@@ -14,7 +14,7 @@ from zoo.types import AnyArray, Array
 
 
 class MaxNormHead(nn.Module):
-    """[B, D] → [B, classes]; the norm of a class's weights counts as `max_norm` where it is larger.
+    """[B, D] → [B, classes]; the norm of a class's weights counts as `max_norm` where it is larger; 0: no limit.
 
     Keras moves the weights back into the ball after each step; here, as in braindecode, they are used scaled down.
 
@@ -36,4 +36,4 @@ class MaxNormHead(nn.Module):
         kernel = self.param("kernel", partitioned(self.kernel_init, None, None), (inputs, self.classes))
         init = self.bias_init or like_torch_bias(inputs)
         bias = self.param("bias", partitioned(init, None), (self.classes,))
-        return x @ limited(kernel, self.max_norm, (0,)) + bias
+        return x @ (limited(kernel, self.max_norm, (0,)) if self.max_norm else kernel) + bias
