@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from zoo.encoders.codes import COLLECTION
@@ -78,7 +79,8 @@ class TokenizerEncoder(Encoder):
                 f"{type(self).__name__}: got no variables of its tokenizer, wanted those of a {self.tokenizer} in the "
                 f"collection {COLLECTION!r}"
             )
-        found = tokenizer.apply(self.variables[COLLECTION], signal, sensors, method=method)
+        variables = jax.tree.map(jnp.asarray, self.variables[COLLECTION])
+        found = tokenizer.apply(variables, signal, sensors, method=method)
         return jax.tree.map(jax.lax.stop_gradient, found)
 
     def check_mask(self, mask: AnyArray, tokens: tuple[int, int]) -> AnyArray:
