@@ -251,7 +251,9 @@ SLOW: tuple[str, ...] = (
     "eeg_vae_tiny",
     "mtam_tiny",
     "glim_tiny",
-, "brainomni_mini")
+    "brainomni_mini",
+    "meg_gpt_tiny",
+)
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.
 GROUPED = [
