@@ -21,6 +21,7 @@ usage: zoo COMMAND …
   evaluate RUN               probe the newest checkpoint of a run again
   tokenize DATASET OUT       signals → codes, by a trained tokenizer; --decode CODES OUT: back
   generate RUN OUT           new signals from a next-code model, and their spectra beside real ones
+  embed FILE                 windows of a recording → features of a trained encoder, with their times
   convert SOURCE OUT         weights of another framework → a folder of ours, every tensor accounted for
   list [PATTERN]             models, weights, samples and recipes whose name holds PATTERN
   info NAME                  parameters, inputs and paper of a model, or of published weights
@@ -198,6 +199,16 @@ def generate(arguments: Sequence[str]) -> None:
     run(Path(path), Path(out), chosen)
 
 
+def embed(arguments: Sequence[str]) -> None:
+    """zoo embed FILE --model NAME [OPTIONS]"""
+    from zoo.embed import Options, run
+    from zoo.terminal import parse
+
+    words, options = _split_words(arguments)
+    chosen = parse(Options, options, prog="zoo embed FILE")
+    run(_words(words, "zoo embed FILE --model NAME", 1)[0], chosen)
+
+
 def convert(arguments: Sequence[str]) -> None:
     """zoo convert SOURCE OUT --arch NAME [OPTIONS], or zoo convert WEIGHTS OUT"""
     from zoo.terminal import parse
@@ -272,6 +283,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "evaluate": evaluate,
     "tokenize": tokenize,
     "generate": generate,
+    "embed": embed,
     "convert": convert,
     "list": list_names,
     "info": info,
