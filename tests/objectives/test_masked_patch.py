@@ -12,9 +12,11 @@ import numpy as np
 import optax
 import pytest
 from electrodes import electrodes
+from quick import compiled
 
+from zoo.encoders.cbramod import TUEG
 from zoo.errors import ZooError
-from zoo.objectives.masked_patch import AMPLITUDE_FLOOR, MaskedPatch, huber, standardised
+from zoo.objectives.masked_patch import AMPLITUDE_FLOOR, CBRAMOD, MaskedPatch, huber, standardised
 
 NAMES = ("F3", "FZ", "F4", "P3", "PZ", "P4")
 PATCHES = 3
@@ -196,6 +198,33 @@ def test_without_the_pooled_term_its_head_is_left_out() -> None:
     assert set(metrics) == {"waveform", "spectrum", "waveform_r2", "weight"}
 
 
+def test_cbramod_is_pretrained_on_samples_hidden_by_a_coin() -> None:
+    whole = jax.eval_shape(MaskedPatch(**CBRAMOD).init, jax.random.key(0), cbramod_batch(19, 2))
+    assert {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in whole["params"].items()} == {
+        "encoder": 4_883_600,
+        "waveform": 40_200,
+    }  # the published 4,923,800 in all
+    task = MaskedPatch(**{**CBRAMOD, "model": "cbramod_tiny", "options": {"depth": 1, "channels": 4}})
+    batch = cbramod_batch(4, 8)
+    batch["sensors"].valid[1, 2] = False
+    variables = nn.unbox(compiled(task.init)(jax.random.key(0), batch))
+    key = jax.random.key(3)
+    value, metrics, _ = compiled(lambda v, b: task.loss(v, b, key, train=False))(variables, batch)
+    hidden = np.asarray(task._hidden(batch, jax.random.fold_in(key, 1)))
+    assert hidden.mean() == pytest.approx(0.5, abs=0.2)  # of 64: ± .06
+    predicted = compiled(task.module().apply)(variables, batch["signal"], batch["sensors"], hidden)["waveform"]
+    counted = hidden & batch["sensors"].valid[:, :, None]
+    patches = batch["signal"].reshape(*counted.shape, 200)
+    wanted = np.square(np.asarray(predicted).reshape(patches.shape) - patches)[counted].mean()
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert metrics["weight"] == counted.sum()
+
+
+def cbramod_batch(channels: int, batch: int) -> dict[str, Any]:
+    signal = np.random.default_rng(0).normal(size=(batch, channels, 400)).astype(np.float32)
+    return {"signal": signal, "sensors": electrodes(TUEG[:channels], batch)}
+
+
 def test_encoder_variables_serve_the_encoder_alone(variables: Any) -> None:
     batch = make_batch()
     encoded = TASK.encoder().apply({"params": variables["params"]["encoder"]}, batch["signal"], batch["sensors"])
@@ -294,3 +323,5 @@ def test_it_learns_a_wave_that_all_channels_share() -> None:
 def test_a_model_that_is_no_encoder_of_signals_is_refused():
     with pytest.raises(ZooError, match=r"task.model: sequence_tiny is not an encoder of signals"):
         MaskedPatch(model="sequence_tiny").encoder()
+    with pytest.raises(ZooError, match=r"task.patch: got 100, labram_tiny has patches of 200 samples"):
+        MaskedPatch(patch=100).encoder()

@@ -12,20 +12,25 @@ space × time model of the window: sum over k of what_k(pooled) · where_k(place
 
 Targets are standardised over each example as a whole (one mean, one deviation over its valid channels), so that an
 example counts the same at any amplitude.
+
+Any encoder does that takes a mask of patches [B, C, A] and gives a token for each. `CBRAMOD` has the options with which
+CBraMod is pretrained (Wang et al., ICLR 2025): the samples themselves, squared error, each patch hidden by a coin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from zoo.encoders.encoder import Encoder
 from zoo.errors import ZooError
-from zoo.registry import create
+from zoo.registry import create, entry
 from zoo.types import AnyArray, Array, Batch, Encoded, Sensors, Variables
 
 HEAD_RADIUS = 0.1
@@ -49,6 +54,9 @@ class MaskedPatch:
         pooled_waveform_weight: weight of the waveform error of all patches, predicted from the pooled vector
         pooled_spectrum_weight: weight of their log-amplitude error; both 0 leave the pooled heads out
         pooled_rank: terms of the space × time model of the pooled heads
+        error: of samples and of log-amplitudes: huber, or square
+        standardise: whether targets are standardised; else they are the signal as it is
+        coin: probability that a patch is hidden, each on its own; 0 hides those of the batch's mask
     """
 
     model: str = "labram_tiny"
@@ -61,24 +69,34 @@ class MaskedPatch:
     pooled_waveform_weight: float = 1.0
     pooled_spectrum_weight: float = 0.2
     pooled_rank: int = 256
+    error: Literal["huber", "square"] = "huber"
+    standardise: bool = True
+    coin: float = 0.0
 
     def encoder(self) -> nn.Module:
         """The encoder alone. Its variables are `{"params": variables["params"]["encoder"]}`.
 
-        Raises ZooError for a model that does not take signals and sensors.
+        Raises ZooError for a model that does not take signals and sensors, or patches of another length.
         """
-        encoder = create(self.model, **{"dtype": jnp.dtype(self.dtype), "remat": self.remat, **self.options})
-        if not hasattr(encoder, "check_sensors"):
+        known = getattr(entry(self.model).constructor, "__dataclass_fields__", {})
+        options: dict[str, Any] = {"dtype": jnp.dtype(self.dtype), "remat": self.remat}
+        asked = {name for name, usual in (("dtype", "float32"), ("remat", "none")) if getattr(self, name) != usual}
+        options = {name: value for name, value in options.items() if name in known or name in asked}
+        encoder = create(self.model, **{**options, **self.options})
+        if not isinstance(encoder, Encoder):
             raise ZooError(f"task.model: {self.model} is not an encoder of signals, such as labram_tiny")
+        if getattr(encoder, "patch", self.patch) != self.patch:
+            raise ZooError(f"task.patch: got {self.patch}, {self.model} has patches of {encoder.patch} samples")
         return encoder
 
     def module(self) -> MaskedPatchModel:
         """Encoder and heads."""
-        return MaskedPatchModel(self.encoder(), self.patch, self.pooled_rank if self._pools() else 0)
+        spectra = self.spectrum_weight > 0 or self.pooled_spectrum_weight > 0
+        return MaskedPatchModel(self.encoder(), self.patch, self.pooled_rank if self._pools() else 0, spectra)
 
     def init(self, key: Array, batch: Batch) -> Variables:
         """Variables for the shapes of `batch`, boxed with logical axis names."""
-        return self.module().init(key, batch["signal"], batch["sensors"], _mask(batch))
+        return self.module().init(key, batch["signal"], batch["sensors"], self._hidden(batch, key))
 
     def loss(
         self, variables: Variables, batch: Batch, key: Array, train: bool
@@ -89,12 +107,13 @@ class MaskedPatch:
         valid channels in each example, and over examples by how many patches they hide: so both are means over hidden
         patches, and micro-batches add up.
         """
+        mask = self._hidden(batch, jax.random.fold_in(key, 1))
         prediction: Any = self.module().apply(
-            variables, batch["signal"], batch["sensors"], _mask(batch), train=train, rngs={"dropout": key}
+            variables, batch["signal"], batch["sensors"], mask, train=train, rngs={"dropout": key}
         )
-        waveform, spectrum = targets(standardised(batch["signal"], batch["sensors"].valid)[0], self.patch)
-        present = jnp.broadcast_to(batch["sensors"].valid[:, :, None], _mask(batch).shape).reshape(waveform.shape[:2])
-        hidden = present & _mask(batch).reshape(present.shape)
+        waveform, spectrum = targets(self._standardised(batch)[0], self.patch)
+        present = jnp.broadcast_to(batch["sensors"].valid[:, :, None], mask.shape).reshape(waveform.shape[:2])
+        hidden = present & mask.reshape(present.shape)
         hidden_each = hidden.sum(1)
         weight = hidden_each.sum()
 
@@ -105,26 +124,31 @@ class MaskedPatch:
             each = jnp.sum(error.mean(-1), axis=1, where=present) / jnp.maximum(present.sum(1), 1)
             return jnp.sum(each * hidden_each) / jnp.maximum(weight, 1)
 
+        error = huber if self.error == "huber" else jnp.square
         metrics = {
-            "waveform": token_mean(huber(prediction["waveform"] - waveform)),
-            "spectrum": token_mean(huber(prediction["spectrum"] - spectrum)),
+            "waveform": token_mean(error(prediction["waveform"] - waveform)),
             "waveform_r2": _r2(prediction["waveform"], waveform, token_mean),
         }
-        value = self.waveform_weight * metrics["waveform"] + self.spectrum_weight * metrics["spectrum"]
-        if self._pools():
-            metrics["pooled_waveform"] = pooled_mean(huber(prediction["pooled_waveform"] - waveform))
-            metrics["pooled_spectrum"] = pooled_mean(huber(prediction["pooled_spectrum"] - spectrum))
+        value = self.waveform_weight * metrics["waveform"]
+        if "spectrum" in prediction:
+            metrics["spectrum"] = token_mean(error(prediction["spectrum"] - spectrum))
+            value += self.spectrum_weight * metrics["spectrum"]
+        if "pooled_waveform" in prediction:
+            metrics["pooled_waveform"] = pooled_mean(error(prediction["pooled_waveform"] - waveform))
             metrics["pooled_waveform_r2"] = _r2(prediction["pooled_waveform"], waveform, pooled_mean)
             value += self.pooled_waveform_weight * metrics["pooled_waveform"]
+        if "pooled_spectrum" in prediction:
+            metrics["pooled_spectrum"] = pooled_mean(error(prediction["pooled_spectrum"] - spectrum))
             value += self.pooled_spectrum_weight * metrics["pooled_spectrum"]
         return value, {**metrics, "weight": weight.astype(jnp.float32)}, {}
 
     def reconstruct(self, variables: Variables, batch: Batch) -> Array:
         """The batch's signal [B, C, T] with every masked patch replaced by its prediction."""
-        prediction: Any = self.module().apply(variables, batch["signal"], batch["sensors"], _mask(batch))
+        mask = self._hidden(batch, jax.random.key(0))
+        prediction: Any = self.module().apply(variables, batch["signal"], batch["sensors"], mask)
         signal = batch["signal"]
-        _, mean, deviation = standardised(signal, batch["sensors"].valid)
-        masked = jnp.repeat(_mask(batch), self.patch, axis=-1)
+        _, mean, deviation = self._standardised(batch)
+        masked = jnp.repeat(mask, self.patch, axis=-1)
         return jnp.where(masked, prediction["waveform"].reshape(signal.shape) * deviation + mean, signal)
 
     def flops(self, batch: Batch) -> float:
@@ -132,7 +156,9 @@ class MaskedPatch:
         examples, channels, samples = batch["signal"].shape
         encoder: Any = self.encoder()
         tokens = channels * (samples // self.patch)
-        width, rank, outputs = encoder.dim, self.pooled_rank, self.patch + self.patch // 2 + 1
+        spectra = self.spectrum_weight > 0 or self.pooled_spectrum_weight > 0
+        width, rank = encoder.dim, self.pooled_rank
+        outputs = self.patch + spectra * (self.patch // 2 + 1)
         heads = 2 * tokens * width * outputs
         if self._pools():
             heads += 2 * rank * (2 * width + tokens * (4 + rank + outputs))
@@ -146,6 +172,33 @@ class MaskedPatch:
     def _pools(self) -> bool:
         return self.pooled_waveform_weight > 0 or self.pooled_spectrum_weight > 0
 
+    def _standardised(self, batch: Batch) -> tuple[Array, Any, Any]:
+        """The signal that targets are of, and what it has to be multiplied by and added to."""
+        if self.standardise:
+            return standardised(batch["signal"], batch["sensors"].valid)
+        signal = jnp.where(batch["sensors"].valid[:, :, None], batch["signal"], 0).astype(jnp.float32)
+        return signal, 0.0, 1.0
+
+    def _hidden(self, batch: Batch, key: Array) -> Array:
+        """Which patches are hidden [B, C, A], also among those of channels that are not valid."""
+        if not self.coin:
+            return _mask(batch)
+        examples, channels, samples = batch["signal"].shape
+        return jax.random.bernoulli(key, self.coin, (examples, channels, samples // self.patch))
+
+
+CBRAMOD: Mapping[str, Any] = {
+    "model": "cbramod_base",
+    "waveform_weight": 1.0,
+    "spectrum_weight": 0.0,
+    "pooled_waveform_weight": 0.0,
+    "pooled_spectrum_weight": 0.0,
+    "error": "square",
+    "standardise": False,
+    "coin": 0.5,
+}
+"""`MaskedPatch(**CBRAMOD)` is CBraMod's pretraining: its encoder, with one linear head of 200 samples a patch."""
+
 
 class MaskedPatchModel(nn.Module):
     """An encoder with the heads of the task; predictions by name, [B, N, P] waveforms and [B, N, P/2+1] spectra."""
@@ -153,6 +206,7 @@ class MaskedPatchModel(nn.Module):
     encoder: nn.Module
     patch: int
     pooled_rank: int
+    spectra: bool = True
 
     @nn.compact
     def __call__(
@@ -160,7 +214,11 @@ class MaskedPatchModel(nn.Module):
     ) -> dict[str, Float[Array, "B N _"]]:
         encoded: Encoded = self.encoder(signal, sensors, mask=mask, train=train)
         tokens, content = encoded.tokens.astype(jnp.float32), encoded.pooled.astype(jnp.float32)
+        if tokens.shape[1] != mask[0].size:
+            raise ZooError(f"masked-patch regression: got {tokens.shape[1]} tokens for {mask[0].size} patches")
         outputs = {"waveform": self.patch, "spectrum": self.patch // 2 + 1}
+        if not self.spectra:
+            del outputs["spectrum"]
         predictions = {name: _dense(size, ("embed", None), name)(tokens) for name, size in outputs.items()}
         if self.pooled_rank:
             where = nn.gelu(_dense(self.pooled_rank, (None, "embed"), "where_in")(_where(sensors, mask.shape[-1])))
