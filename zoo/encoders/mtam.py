@@ -220,12 +220,12 @@ def amplitudes(
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "mtam_tiny": (
-        {"channels": 4, "rate": 200.2_321, "heads": 2, "width": 8},
-        0,
+        {"channels": 4, "rate": 200.0, "heads": 2, "width": 8},
+        2_321,
         "trained on a toy with text: accuracy, alignment",
     ),
     "mtam_zuco": ({}, 23_489, "its layers are those of mtam_tiny; sizes of the authors' code"),
-    "mtam_kemocon": ({"channels": 1, "rate": 512.22_705, "bands": NEUROSKY, "parts": 6}, 0, "as mtam_zuco"),
+    "mtam_kemocon": ({"channels": 1, "rate": 512.0, "bands": NEUROSKY, "parts": 6}, 22_705, "as mtam_zuco"),
 }
 """Options, parameters (the EEG tower with its projection), evidence. tiny is ours; the others are the paper's."""
 
