@@ -98,12 +98,13 @@ class BIOT(Encoder):
         """signal [B, C, T], 200 Hz → Encoded, N = C·A tokens, A = (T − 200) // 100 + 1 a channel, channel-major.
 
         mask [B, C, A]: True where a word is left out, so that its token is not valid. pooled is the mean of the valid
-        tokens. A channel of a name that the table has not makes its example NaN; `check_recording` says so before.
-        Raises ZooError for windows of less than a frame or of more than 1000, and for a mask of another shape.
+        tokens, 0 where there are none. A channel of a name that the table has not makes its example NaN;
+        `check_recording` says so before. Raises ZooError for windows of less than a frame or of more than 1000, and
+        for a mask of another shape.
         """
         signal = self.present(signal, sensors)
         batch, channels, samples = signal.shape
-        frames = self._frames(samples)
+        frames = self.frames(samples)
         if mask is not None and mask.shape != (batch, channels, frames):
             raise ZooError(f"BIOT wants a mask of shape {(batch, channels, frames)}, got {mask.shape}")
         scale = jnp.quantile(jnp.abs(signal), 0.95, axis=-1, keepdims=True) + 1e-8
@@ -128,7 +129,8 @@ class BIOT(Encoder):
         if mask is not None:
             valid = valid & ~jnp.asarray(mask).reshape(valid.shape)
         x = self._transformer(name="transformer")(x, valid, train=train).astype(jnp.float32)
-        return Encoded(x, jnp.mean(x, axis=1, where=valid[..., None]), valid)
+        words_there = jnp.maximum(valid.sum(1, keepdims=True), 1)
+        return Encoded(x, jnp.sum(x, axis=1, where=valid[..., None]) / words_there, valid)
 
     @nn.nowrap
     def head(self, classes: int) -> nn.Module:
@@ -138,7 +140,7 @@ class BIOT(Encoder):
     @nn.nowrap
     def flops(self, channels: int, samples: int) -> float:
         """Operations of one example's forward pass in matmuls, a multiply-add counting two."""
-        tokens = channels * self._frames(samples)
+        tokens = channels * self.frames(samples)
         return 2.0 * tokens * (self.window // 2 + 1) * self.dim + self._transformer().flops(tokens, self.dim)
 
     @nn.nowrap
@@ -157,7 +159,8 @@ class BIOT(Encoder):
         return LinearTransformer(self.depth, self.heads, dropout=self.dropout, dtype=self.dtype, name=name)
 
     @nn.nowrap
-    def _frames(self, samples: int) -> int:
+    def frames(self, samples: int) -> int:
+        """Words of a channel of so many samples. Raises ZooError for none, more than 1000, and options out of range."""
         if self.window % self.hop or self.dim % 2:
             raise ZooError(
                 f"BIOT wants a hop that divides the window and an even dim: got {self.hop}, {self.window}, {self.dim}"
