@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +25,11 @@ if not ROOT.exists():
     pytest.skip("no TFM-Tokenizer in BRAIN_ZOO_PEERS", allow_module_level=True)
 
 import zoo  # noqa: E402
+from zoo.layers.linear_transformer import KEYS as TRANSFORMER_KEYS  # noqa: E402
 from zoo.layers.linear_transformer import LinearTransformer  # noqa: E402
+from zoo.tokenizers.tfm import KEYS  # noqa: E402
 from zoo.types import Sensors  # noqa: E402
+from zoo.weights.keys import fill  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,67 +48,11 @@ def array(tensor: Any) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def linear(weight: Any, bias: Any) -> dict[str, np.ndarray]:
-    return {"kernel": array(weight).reshape(len(weight), -1).T, "bias": array(bias)}
-
-
-def window(convolution: Any) -> dict[str, np.ndarray]:
-    """A convolution of [out, in, width] as a linear map of its window, position by position."""
-    weight = array(convolution.weight)
-    return {"kernel": weight.transpose(2, 1, 0).reshape(-1, len(weight)), "bias": array(convolution.bias)}
-
-
-def norm(module: Any) -> dict[str, np.ndarray]:
-    return {"scale": array(module.weight), "bias": array(module.bias)}
-
-
-def embedding(sequence: Any) -> dict[str, Any]:
-    """Three of convolution, GELU, norm."""
-    found: dict[str, Any] = {}
-    for layer in range(3):
-        found[f"linear_{layer + 1}"] = window(sequence[3 * layer])
-        found[f"norm_{layer + 1}"] = norm(sequence[3 * layer + 2])
-    return found
-
-
-def transformer(layers: Any, heads: int = 8) -> dict[str, Any]:
-    each = []
-    for attention, mlp in layers:
-        own, feed = attention.fn, mlp.fn.fn
-        dim = own.to_q.weight.shape[1]
-        into = {
-            name: {"kernel": array(map_.weight).T.reshape(dim, heads, -1)}
-            for name, map_ in (("query", own.to_q), ("key", own.to_k), ("value", own.to_v))
-        }
-        out = {"kernel": array(own.to_out.weight).T.reshape(heads, -1, dim), "bias": array(own.to_out.bias)}
-        each.append(
-            {
-                **into,
-                "out": out,
-                "attention_norm": norm(attention.norm),
-                "mlp_norm": norm(mlp.norm),
-                "mlp_in": linear(feed.w1.weight, feed.w1.bias),
-                "mlp_out": linear(feed.w2.weight, feed.w2.bias),
-            }
-        )
-    return {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *each)}
-
-
-def copied(model: Any) -> dict[str, Any]:
-    def stack(encoder: Any) -> dict[str, Any]:
-        return transformer(encoder.transformer.layers.layers)
-
-    return {
-        "embed_bands": embedding(model.freq_patch_embedding),
-        "band_encoder": stack(model.trans_freq_encoder),
-        "group_gate": window(model.freq_patch_embedding_2_atten[0]),
-        "group_value": window(model.freq_patch_embedding_2[0]),
-        "embed_samples": embedding(model.temporal_patch_embedding),
-        "frame_encoder": stack(model.trans_temporal_encoder),
-        "decoder": stack(model.trans_decoder),
-        "head_in": linear(model.decoder[0].weight, model.decoder[0].bias),
-        "head_out": linear(model.decoder[2].weight, model.decoder[2].bias),
-    }
+def carried(model: Any, tokenizer: Any) -> Any:
+    """Their parameters and codebook as our variables."""
+    state = {name: array(tensor) for name, tensor in model.state_dict().items()}
+    variables, _ = fill(KEYS, state, jax.jit(tokenizer.init)(jax.random.key(0), *tokenizer.example()))
+    return jax.tree.map(jnp.asarray, variables)
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +74,7 @@ def both() -> tuple[Any, ...]:
     signal = np.random.default_rng(1).standard_normal((BATCH, CHANNELS, SAMPLES)).astype(np.float32)
     blank, zero = np.zeros((BATCH, CHANNELS, 3), np.float32), np.zeros((BATCH, CHANNELS), np.int32)
     sensors = Sensors(blank, blank, zero, zero, np.ones((BATCH, CHANNELS), bool))
-    codes = array(model.quantizer.embedding.weight).copy()
-    books = {"embedding": codes, "usage": np.ones(CODES, np.float32), "sums": codes, "ready": np.array(True)}
-    variables = {"params": copied(model), "codebooks": {"quantizer": books}}
-    made = nn.unbox(jax.eval_shape(tokenizer.init, jax.random.key(0), signal, sensors))
-    assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, made)
+    variables = carried(model, tokenizer)
     normal = signal / (np.quantile(np.abs(signal), 0.95, axis=-1, keepdims=True) + 1e-8)
     given = torch.tensor(normal.reshape(-1, SAMPLES))
     spectrum = torch.stft(
@@ -144,7 +86,7 @@ def both() -> tuple[Any, ...]:
         center=False,
         window=torch.hann_window(200),
     ).abs()[:, :100]
-    return model, tokenizer, jax.tree.map(jnp.asarray, variables), signal, sensors, given, spectrum
+    return model, tokenizer, variables, signal, sensors, given, spectrum
 
 
 def near(ours: Any, wanted: np.ndarray, bound: float = 1e-5) -> None:
@@ -159,7 +101,7 @@ def test_codes_spectra_and_gradients_are_the_authors(both):
     model.zero_grad()
     error = torch.mean((estimate - spectrum) ** 2)
     (error + model.vec_quantizer_loss(inner, out)[0]).backward()
-    wanted = copied_gradients(model)
+    wanted = copied_gradients(model, tokenizer)
 
     @jax.jit
     def found(params: Any) -> Any:
@@ -186,14 +128,13 @@ def test_codes_spectra_and_gradients_are_the_authors(both):
         np.testing.assert_allclose(leaf, other, atol=5e-5 * np.abs(other).max(), err_msg=jax.tree_util.keystr(path))
 
 
-def copied_gradients(model: Any) -> Any:
+def copied_gradients(model: Any, tokenizer: Any) -> Any:
     with torch.no_grad():
         kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.copy_(parameter.grad)
-        found = copied(model)
-        found = jax.tree.map(np.array, found)
+        found = jax.tree.map(np.array, carried(model, tokenizer)["params"])
         for name, parameter in model.named_parameters():
             parameter.copy_(kept[name])
     return found
@@ -232,5 +173,7 @@ def test_the_released_encoder_has_the_shapes_of_these_layers():
     x = np.random.default_rng(2).standard_normal((2, 33, 64)).astype(np.float32)
     with torch.no_grad():
         wanted = array(model.eval().LAT(torch.tensor(x)))
-    ours = jax.jit(LinearTransformer(depth=4).apply)({"params": transformer(model.LAT.layers.layers)}, jnp.asarray(x))
-    near(ours, wanted)
+    layers = LinearTransformer(depth=4)
+    state = {name: array(tensor) for name, tensor in model.LAT.state_dict().items()}
+    variables, _ = fill(TRANSFORMER_KEYS, state, jax.eval_shape(layers.init, jax.random.key(0), jnp.asarray(x)))
+    near(jax.jit(layers.apply)(variables, jnp.asarray(x)), wanted)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from zoo.errors import ZooError
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, merge_heads, norm, split_heads
 from zoo.types import AnyArray, Array
+from zoo.weights.keys import Key, Rule
 
 
 class LinearTransformer(nn.Module):
@@ -102,3 +103,24 @@ class Layer(nn.Module):
         wide = like_torch_bias(self.mlp_ratio * dim)
         out = dense(dim, ("mlp", "embed"), bias=True, init=LIKE_TORCH, bias_init=wide, dtype=self.dtype, name="mlp_out")
         return x + out(nn.gelu(hidden, approximate=False)), None
+
+
+_THEIRS, _OURS = "layers.layers.{l}.", "params/layers/"
+
+KEYS: tuple[Rule, ...] = (
+    *(
+        Key(f"{_THEIRS}0.fn.to_{name[0]}.weight", f"{_OURS}{name}/kernel[{{l}}]", "(h k) d -> d h k")
+        for name in ("query", "key", "value")
+    ),
+    Key(f"{_THEIRS}0.fn.to_out.weight", f"{_OURS}out/kernel[{{l}}]", "d (h k) -> h k d"),
+    Key(f"{_THEIRS}0.fn.to_out.bias", f"{_OURS}out/bias[{{l}}]"),
+    Key(f"{_THEIRS}0.norm.weight", f"{_OURS}attention_norm/scale[{{l}}]"),
+    Key(f"{_THEIRS}0.norm.bias", f"{_OURS}attention_norm/bias[{{l}}]"),
+    Key(f"{_THEIRS}1.norm.weight", f"{_OURS}mlp_norm/scale[{{l}}]"),
+    Key(f"{_THEIRS}1.norm.bias", f"{_OURS}mlp_norm/bias[{{l}}]"),
+    Key(f"{_THEIRS}1.fn.fn.w1.weight", f"{_OURS}mlp_in/kernel[{{l}}]", "o i -> i o"),
+    Key(f"{_THEIRS}1.fn.fn.w1.bias", f"{_OURS}mlp_in/bias[{{l}}]"),
+    Key(f"{_THEIRS}1.fn.fn.w2.weight", f"{_OURS}mlp_out/kernel[{{l}}]", "o i -> i o"),
+    Key(f"{_THEIRS}1.fn.fn.w2.bias", f"{_OURS}mlp_out/bias[{{l}}]"),
+)
+"""Of the package's LinearAttentionTransformer; `zoo.weights.keys.below` leads to it within a model."""

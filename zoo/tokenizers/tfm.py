@@ -35,6 +35,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from zoo.errors import ZooError
+from zoo.layers.linear_transformer import KEYS as TRANSFORMER_KEYS
 from zoo.layers.linear_transformer import LinearTransformer
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, partitioned
 from zoo.layers.quantizers import Quantized, VectorQuantizer, unit
@@ -44,6 +45,7 @@ from zoo.registry import Card, register
 from zoo.sensors import KINDS
 from zoo.tokenizers.tokenizer import Tokenizer
 from zoo.types import AnyArray, Array, Sensors, Tokenized
+from zoo.weights.keys import Fresh, Key, Rule, below
 
 
 class PatchEmbedding(nn.Module):
@@ -321,3 +323,35 @@ for _name, (_options, _parameters, _evidence) in VARIANTS.items():
             evidence=_evidence,
         ),
     )
+
+
+def _linear(source: str, target: str, how: str = "o i -> i o") -> tuple[Rule, ...]:
+    return Key(f"{source}.weight", f"params/{target}/kernel", how), Key(f"{source}.bias", f"params/{target}/bias")
+
+
+def _embedding(source: str, target: str) -> tuple[Rule, ...]:
+    """Three of convolution, GELU, norm; a convolution of patches is a linear map of each, position by position."""
+    rules: list[Rule] = []
+    for layer in range(3):
+        rules += _linear(f"{source}.{3 * layer}", f"{target}/linear_{layer + 1}", "o i w -> (w i) o")
+        rules.append(Key(f"{source}.{3 * layer + 2}.weight", f"params/{target}/norm_{layer + 1}/scale"))
+        rules.append(Key(f"{source}.{3 * layer + 2}.bias", f"params/{target}/norm_{layer + 1}/bias"))
+    return tuple(rules)
+
+
+KEYS: tuple[Rule, ...] = (
+    *_embedding("freq_patch_embedding", "embed_bands"),
+    *below(TRANSFORMER_KEYS, "band_encoder", "trans_freq_encoder.transformer."),
+    *_linear("freq_patch_embedding_2_atten.0", "group_gate", "o i w -> (w i) o"),
+    *_linear("freq_patch_embedding_2.0", "group_value", "o i w -> (w i) o"),
+    *_embedding("temporal_patch_embedding", "embed_samples"),
+    *below(TRANSFORMER_KEYS, "frame_encoder", "trans_temporal_encoder.transformer."),
+    *below(TRANSFORMER_KEYS, "decoder", "trans_decoder.transformer."),
+    *_linear("decoder.0", "head_in"),
+    *_linear("decoder.2", "head_out"),
+    Key("quantizer.embedding.weight", "codebooks/quantizer/embedding"),
+    Key("quantizer.cluster_size", "codebooks/quantizer/usage"),
+    Key("quantizer.ema_w", "codebooks/quantizer/sums"),
+    Fresh("codebooks/quantizer/ready", "whether k-means has placed the codes, which is not published"),
+)
+"""Of what the official `tfm_tokenizer_token_learning.py` saves. No trained tokenizer is published."""
