@@ -26,12 +26,13 @@ from jaxtyping import Bool, Float, Int
 from zoo.encoders.encoder import blank
 from zoo.encoders.tokenized import TokenizerEncoder
 from zoo.errors import ZooError
+from zoo.layers.linear_transformer import KEYS as TRANSFORMER_KEYS
 from zoo.layers.linear_transformer import LinearTransformer
 from zoo.layers.parameters import partitioned
 from zoo.layers.post_norm import sinusoids
 from zoo.registry import Card, register
 from zoo.types import AnyArray, Array, Encoded, Sensors
-from zoo.weights.keys import Ignore, Key, Rule
+from zoo.weights.keys import Ignore, Key, Rule, below
 
 ROWS = 16
 """Of the published table of channels."""
@@ -137,29 +138,13 @@ class TFMEncoder(TokenizerEncoder):
         return LinearTransformer(self.depth, self.heads, dropout=self.dropout, dtype=self.dtype)
 
 
-_LAYER, _OURS = "LAT.layers.layers.{l}.", "params/transformer/layers/"
-_HEADS = "(h k) d -> d h k"
-
 KEYS: tuple[Rule, ...] = (
     Key("eeg_token_embedding.weight", "params/embed_code"),
     Key("channel_embed.weight", "params/embed_channel"),
     Key("cls_token", "params/embed_cls", "1 1 d -> d"),
     Ignore("index", "the numbers 0 to 15"),
     Ignore("temporal_pos_embed.pe", "sinusoids, computed here"),
-    *(
-        Key(f"{_LAYER}0.fn.to_{name[0]}.weight", f"{_OURS}{name}/kernel[{{l}}]", _HEADS)
-        for name in ("query", "key", "value")
-    ),
-    Key(f"{_LAYER}0.fn.to_out.weight", f"{_OURS}out/kernel[{{l}}]", "d (h k) -> h k d"),
-    Key(f"{_LAYER}0.fn.to_out.bias", f"{_OURS}out/bias[{{l}}]"),
-    Key(f"{_LAYER}0.norm.weight", f"{_OURS}attention_norm/scale[{{l}}]"),
-    Key(f"{_LAYER}0.norm.bias", f"{_OURS}attention_norm/bias[{{l}}]"),
-    Key(f"{_LAYER}1.norm.weight", f"{_OURS}mlp_norm/scale[{{l}}]"),
-    Key(f"{_LAYER}1.norm.bias", f"{_OURS}mlp_norm/bias[{{l}}]"),
-    Key(f"{_LAYER}1.fn.fn.w1.weight", f"{_OURS}mlp_in/kernel[{{l}}]", "o i -> i o"),
-    Key(f"{_LAYER}1.fn.fn.w1.bias", f"{_OURS}mlp_in/bias[{{l}}]"),
-    Key(f"{_LAYER}1.fn.fn.w2.weight", f"{_OURS}mlp_out/kernel[{{l}}]", "o i -> i o"),
-    Key(f"{_LAYER}1.fn.fn.w2.bias", f"{_OURS}mlp_out/bias[{{l}}]"),
+    *below(TRANSFORMER_KEYS, "transformer", "LAT."),
 )
 """Of `tfm_encoder_best_model.pth`: all `params`. The tokenizer's variables are in no published file."""
 HEAD_KEYS: tuple[Rule, ...] = (
