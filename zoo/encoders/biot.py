@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 
 from zoo.encoders.encoder import Encoder, blank
 from zoo.errors import ZooError
+from zoo.layers.linear_transformer import KEYS as LAYER_KEYS
 from zoo.layers.linear_transformer import LinearTransformer
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, partitioned
 from zoo.layers.post_norm import sinusoids
@@ -251,27 +252,6 @@ for _name, (_options, _parameters, _evidence) in VARIANTS.items():
             evidence=_evidence,
         ),
     )
-
-_LAYER, _OURS = "layers.layers.{l}.", "params/layers/"
-LAYER_KEYS: tuple[Rule, ...] = (
-    *(
-        Key(f"{_LAYER}0.fn.to_{name[0]}.weight", f"{_OURS}{name}/kernel[{{l}}]", "(h k) d -> d h k")
-        for name in ("query", "key", "value")
-    ),
-    Key(f"{_LAYER}0.fn.to_out.weight", f"{_OURS}out/kernel[{{l}}]", "d (h k) -> h k d"),
-    Key(f"{_LAYER}0.fn.to_out.bias", f"{_OURS}out/bias[{{l}}]"),
-    *(
-        Key(f"{_LAYER}{part}.norm.{theirs}", f"{_OURS}{ours}/{leaf}[{{l}}]")
-        for part, ours in ((0, "attention_norm"), (1, "mlp_norm"))
-        for theirs, leaf in (("weight", "scale"), ("bias", "bias"))
-    ),
-    *(
-        Key(f"{_LAYER}1.fn.fn.{theirs}.{leaf}", f"{_OURS}{ours}/{named}[{{l}}]", how)
-        for theirs, ours in (("w1", "mlp_in"), ("w2", "mlp_out"))
-        for leaf, named, how in (("weight", "kernel", "o i -> i o"), ("bias", "bias", ""))
-    ),
-)
-"""Of a LinearAttentionTransformer, as the package of that name calls its parts."""
 
 
 def encoder_keys(source: str) -> tuple[Rule, ...]:
