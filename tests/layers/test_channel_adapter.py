@@ -12,6 +12,7 @@ import mne
 import numpy as np
 import pytest
 from electrodes import electrodes
+from jax.sharding import NamedSharding, PartitionSpec
 
 from zoo.data.electrodes import template
 from zoo.encoders.adapted import Adapted
@@ -68,7 +69,7 @@ def by_mne(signal: np.ndarray, position: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def interpolated() -> Any:
     adapter = ChannelAdapter("interpolate", TARGETS)
-    return jax.jit(lambda signal, sensors: adapter.apply({}, signal, sensors))
+    return jax.jit(lambda signal, sensors: adapter.apply({}, signal, sensors), compiler_options=QUICK)
 
 
 def test_interpolation_is_that_of_mne(interpolated: Any) -> None:
@@ -102,12 +103,29 @@ def test_order_of_electrodes_and_what_is_no_scalp_electrode_do_not_matter(interp
     np.testing.assert_allclose(interpolated(signal, sensors)[0], first, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_devices_solve_for_their_own_examples() -> None:
+    adapted = Adapted(create("eegnet_tiny", channels=TARGETS), ChannelAdapter("interpolate", TARGETS))
+    position = measured()
+    sensors = sensors_at(position, batch=8)
+    signal = np.random.default_rng(0).normal(size=(8, len(position), 64)).astype(np.float32)
+    variables = nn.unbox(jax.jit(adapted.init, compiler_options=QUICK)(jax.random.key(0), signal, sensors))
+    pooled = jax.jit(lambda *given: adapted.apply(*given).pooled, compiler_options=QUICK)
+    one = pooled(variables, signal, sensors)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"),)):
+        split = jax.device_put((signal, sensors), NamedSharding(mesh, PartitionSpec("data")))
+        eight = pooled(jax.device_put(variables, NamedSharding(mesh, PartitionSpec())), *split)
+    np.testing.assert_allclose(eight, one, atol=5e-3 * np.abs(one).max())
+
+
 def test_weights_sum_to_one_and_an_electrode_at_the_place_is_the_output() -> None:
     position, _ = template(NAMES[:80])
-    weights = np.asarray(spline_matrix(jnp.float32(position)[None], jnp.ones((1, 80), bool), TARGETS))[0]
+    matrix = jax.jit(lambda *given: spline_matrix(*given, TARGETS), compiler_options=QUICK)
+    weights = np.asarray(matrix(jnp.float32(position)[None], jnp.ones((1, 80), bool)))[0]
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-3)
     assert [NAMES[column] for column in weights.argmax(1)] == list(TARGETS)
-    nobody = spline_matrix(jnp.full((1, 5, 3), jnp.nan), jnp.zeros((1, 5), bool), TARGETS)
+    nobody = matrix(jnp.full((1, 80, 3), jnp.nan), jnp.zeros((1, 80), bool))
     np.testing.assert_array_equal(nobody, 0)
 
 
