@@ -120,8 +120,8 @@ CASES = (
         kind="seeg",
         # Batch norm takes these biases away, and softmax that of the keys: their gradients are rounding.
         still=(
-            *(f"['params']['embed']['conv_{layer}']['bias']" for layer in (1, 2, 3)),
-            "['params']['encoder']['blocks']['key_norm']['bias']",
+            *(f"['embed']['conv_{layer}']['bias']" for layer in (1, 2, 3)),
+            "['encoder']['blocks']['key_norm']['bias']",
         ),
         rounding=2e-3,
         wrong_windows=((50, "wants 4 patches of 10 samples, got 50 samples"),),
@@ -174,14 +174,19 @@ CASES = (
         {
             # Without k-means and with large weights, so that codes that nothing trained differ.
             "tokenizer_options": {
-                **{"window": 32, "ratios": (2, 4), "filters": 2, "dim": 16, "latents": 6, "kmeans": 0},
+                "window": 32,
+                "ratios": (2, 4),
+                "filters": 2,
+                "dim": 16,
+                "latents": 6,
+                "kmeans": 0,
                 "spread": 1.0,
             },
             "depth": 2,
             "dim": 16,
         },
         # A bias that all keys have moves no softmax.
-        still=("['params']['blocks']['space']['key']['bias']",),
+        still=("['blocks']['space']['key']['bias']",),
         rounding=1e-3,
         wrong_windows=((20, "a signal of 20 samples"),),
     ),
@@ -224,7 +229,7 @@ CASES = (
         {"channels": 2, "layers": ((24, 1), (4, 4)), "steps": 6, "dim": 16, "hidden": 8},
         kind="roi",
         # Biases that all keys have move no softmax.
-        still=tuple(f"['params']['blocks_{n}']['key{part}bias']" for n in (0, 1) for part in ("_patch_", "']['")),
+        still=tuple(f"['blocks_{n}']['key{part}bias']" for n in (0, 1) for part in ("_patch_", "']['")),
         rounding=1e-3,
         wrong_windows=((30, "wants windows of 24 samples, got 30 samples"),),
     ),
@@ -236,6 +241,25 @@ CASES = (
         wrong_windows=((40, "wants windows of 32 samples, a multiple of 8, got 40"),),
         # Softmax does not see one number added to all keys.
         still=("['blocks']['attention']['key']['bias']",),
+    ),
+    Case(
+        "eegdm_tiny",
+        2,
+        80,
+        {
+            "channels": NAMES[:2],
+            "depth": 2,
+            "dim": 8,
+            "states": 4,
+            "condition": 8,
+            "fusing": 1,
+            "hidden": 8,
+            "second": 40,
+        },
+        # Frozen; and a bias that all keys have moves no softmax.
+        still=("['denoiser']", *(f"['{part}']['key']['bias']" for part in ("read", "fuse"))),
+        rounding=1e-3,
+        wrong_windows=((50, "a multiple of 40 samples, got 50 samples"),),
     ),
 )
 
