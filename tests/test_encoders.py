@@ -261,6 +261,21 @@ CASES = (
         rounding=1e-3,
         wrong_windows=((50, "a multiple of 40 samples, got 50 samples"),),
     ),
+    Case(
+        "barista_tiny",
+        3,
+        64,
+        {"segment": 32, "depth": 2, "dim": 8, "heads": 2, "hidden": 8},
+        kind="seeg",
+        patch=32,
+        # A bias before a norm over time, and one that all keys have.
+        still=(
+            *(f"['temporal']['conv_{n}_{part}']['bias']" for n in range(5) for part in ("in", "out")),
+            "['blocks']['key']['bias']",
+        ),
+        rounding=1e-3,
+        wrong_windows=((50, "wants a multiple of 32 samples, got 50 samples"),),
+    ),
 )
 
 SLOW: tuple[str, ...] = (

@@ -19,6 +19,7 @@ MODULES = (
     "zoo.encoders.artifactgen",
     "zoo.encoders.biot",
     "zoo.encoders.cbramod",
+    "zoo.encoders.barista",
     "zoo.encoders.brainomni",
     "zoo.encoders.codes",
     "zoo.encoders.du_in",
