@@ -292,6 +292,8 @@ SLOW: tuple[str, ...] = (
     "glim_tiny",
     "brainomni_mini",
     "meg_gpt_tiny",
+    "eegdm_tiny",
+    "barista_tiny",
 )
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.
