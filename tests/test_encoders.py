@@ -157,6 +157,20 @@ CASES = (
         kind="mag",
         wrong_windows=((11, "got a window of 11 samples, wanted 12"),),
     ),
+    Case(
+        "neurobridge_intra_tiny",
+        4,
+        10,
+        {"channels": NAMES[:4], "samples": 10, "dim": 8},
+        wrong_windows=((11, "got a window of 11 samples, wanted 10"),),
+    ),
+    Case(
+        "neurobridge_inter_tiny",
+        4,
+        80,
+        {"channels": NAMES[:4], "samples": 80, "dim": 8, "filters": 4},
+        wrong_windows=((90, "got a window of 90 samples, wanted 80"),),
+    ),
     Case("mvcnet_tiny", 4, 48, {"channels": NAMES[:4], "samples": 48}),
     Case(
         "mtam_tiny",
@@ -276,6 +290,15 @@ CASES = (
         rounding=1e-3,
         wrong_windows=((50, "wants a multiple of 32 samples, got 50 samples"),),
     ),
+    Case(
+        "neurocog_text_tiny",
+        4,
+        64,
+        {"channels": NAMES[:4], "samples": 64, "filters": (2, 2, 4), "width": 8, "hidden": 4, "mixed": 4},
+        wrong_windows=((63, "got windows of 63 samples, wanted 64"),),
+        # A batch norm takes away what is added to everything.
+        still=("['filters']['bias']",),
+    ),
 )
 
 SLOW: tuple[str, ...] = (
@@ -283,6 +306,8 @@ SLOW: tuple[str, ...] = (
     "deep4_tiny",
     "mvcnet_tiny",
     "meg_image_tiny",
+    "neurobridge_intra_tiny",
+    "neurobridge_inter_tiny",
     "histn_tiny",
     "adhdeepnet_tiny",
     "artifactgen_tiny",
@@ -294,6 +319,8 @@ SLOW: tuple[str, ...] = (
     "meg_gpt_tiny",
     "eegdm_tiny",
     "barista_tiny",
+    "neurocog_text_tiny",
+    "neurobolt_tiny",
 )
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.

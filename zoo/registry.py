@@ -39,6 +39,7 @@ MODULES = (
     "zoo.encoders.neurobridge",
     "zoo.encoders.mtam",
     "zoo.encoders.neurobolt",
+    "zoo.encoders.neurocog_text",
     "zoo.encoders.rbtransformer",
     "zoo.encoders.sequence",
     "zoo.encoders.simple_conv",
