@@ -26,7 +26,7 @@ from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, merge_head
 from zoo.layers.temporal_filters import TemporalSpatial, average_pool, batch_norm
 from zoo.registry import Card, register
 from zoo.types import AnyArray, Array, Encoded, Sensors
-from zoo.weights.keys import Ignore, Key
+from zoo.weights.keys import Ignore, Key, Rule
 
 EPSILON = 1e-5
 SCORES = ("head", "model")
@@ -193,50 +193,63 @@ def torch_dense(
     return dense(features, axes, bias=True, init=LIKE_TORCH, bias_init=like_torch_bias(inputs), dtype=dtype, name=name)
 
 
-_FIRST, _SECOND = "transformer.{l}.0.fn.", "transformer.{l}.1.fn."
+def _keys(embed: str, blocks: str) -> tuple[Rule, ...]:
+    """The map of either code: what it calls its convolutions and its layers."""
+    first, second = blocks + ".{l}.0.fn.", blocks + ".{l}.1.fn."
+    norms = ((first, "attention_norm"), (second, "mlp_norm"))
+    projections = (("queries", "query"), ("keys", "key"), ("values", "value"))
+    return (
+        Key(f"{embed}.shallownet.0.weight", "params/first/temporal", "i 1 1 w -> w i"),
+        Key(f"{embed}.shallownet.0.bias", "params/first/temporal_bias"),
+        Key(f"{embed}.shallownet.1.weight", "params/first/spatial", "o i c 1 -> c i o"),
+        Key(f"{embed}.shallownet.1.bias", "params/first/spatial_bias"),
+        Key(f"{embed}.shallownet.2.weight", "params/norm/scale"),
+        Key(f"{embed}.shallownet.2.bias", "params/norm/bias"),
+        Key(f"{embed}.shallownet.2.running_mean", "batch_stats/norm/mean"),
+        Key(f"{embed}.shallownet.2.running_var", "batch_stats/norm/var"),
+        Ignore(f"{embed}.shallownet.2.num_batches_tracked", "a counter"),
+        Key(f"{embed}.projection.0.weight", "params/project/kernel", "o i 1 1 -> i o"),
+        Key(f"{embed}.projection.0.bias", "params/project/bias"),
+        *(Key(f"{at}0.weight", f"params/blocks/{ours}/scale[{{l}}]") for at, ours in norms),
+        *(Key(f"{at}0.bias", f"params/blocks/{ours}/bias[{{l}}]") for at, ours in norms),
+        *(
+            Key(f"{first}1.{theirs}.weight", f"params/blocks/{ours}/kernel[{{l}}]", "(h k) d -> d h k")
+            for theirs, ours in projections
+        ),
+        *(
+            Key(f"{first}1.{theirs}.bias", f"params/blocks/{ours}/bias[{{l}}]", "(h k) -> h k")
+            for theirs, ours in projections
+        ),
+        Key(f"{first}1.projection.weight", "params/blocks/out/kernel[{l}]", "d (h k) -> h k d"),
+        Key(f"{first}1.projection.bias", "params/blocks/out/bias[{l}]"),
+        Key(f"{second}1.0.weight", "params/blocks/mlp_in/kernel[{l}]", "o i -> i o"),
+        Key(f"{second}1.0.bias", "params/blocks/mlp_in/bias[{l}]"),
+        Key(f"{second}1.3.weight", "params/blocks/mlp_out/kernel[{l}]", "o i -> i o"),
+        Key(f"{second}1.3.bias", "params/blocks/mlp_out/bias[{l}]"),
+    )
 
-KEYS = (
-    Key("patch_embedding.shallownet.0.weight", "params/first/temporal", "i 1 1 w -> w i"),
-    Key("patch_embedding.shallownet.0.bias", "params/first/temporal_bias"),
-    Key("patch_embedding.shallownet.1.weight", "params/first/spatial", "o i c 1 -> c i o"),
-    Key("patch_embedding.shallownet.1.bias", "params/first/spatial_bias"),
-    Key("patch_embedding.shallownet.2.weight", "params/norm/scale"),
-    Key("patch_embedding.shallownet.2.bias", "params/norm/bias"),
-    Key("patch_embedding.shallownet.2.running_mean", "batch_stats/norm/mean"),
-    Key("patch_embedding.shallownet.2.running_var", "batch_stats/norm/var"),
-    Ignore("patch_embedding.shallownet.2.num_batches_tracked", "a counter"),
-    Key("patch_embedding.projection.0.weight", "params/project/kernel", "o i 1 1 -> i o"),
-    Key("patch_embedding.projection.0.bias", "params/project/bias"),
-    Key(_FIRST + "0.weight", "params/blocks/attention_norm/scale[{l}]"),
-    Key(_FIRST + "0.bias", "params/blocks/attention_norm/bias[{l}]"),
-    *(
-        key
-        for theirs, ours in (("queries", "query"), ("keys", "key"), ("values", "value"))
-        for key in (
-            Key(f"{_FIRST}1.{theirs}.weight", f"params/blocks/{ours}/kernel[{{l}}]", "(h k) d -> d h k"),
-            Key(f"{_FIRST}1.{theirs}.bias", f"params/blocks/{ours}/bias[{{l}}]", "(h k) -> h k"),
-        )
-    ),
-    Key(_FIRST + "1.projection.weight", "params/blocks/out/kernel[{l}]", "d (h k) -> h k d"),
-    Key(_FIRST + "1.projection.bias", "params/blocks/out/bias[{l}]"),
-    Key(_SECOND + "0.weight", "params/blocks/mlp_norm/scale[{l}]"),
-    Key(_SECOND + "0.bias", "params/blocks/mlp_norm/bias[{l}]"),
-    Key(_SECOND + "1.0.weight", "params/blocks/mlp_in/kernel[{l}]", "o i -> i o"),
-    Key(_SECOND + "1.0.bias", "params/blocks/mlp_in/bias[{l}]"),
-    Key(_SECOND + "1.3.weight", "params/blocks/mlp_out/kernel[{l}]", "o i -> i o"),
-    Key(_SECOND + "1.3.bias", "params/blocks/mlp_out/bias[{l}]"),
-)
-"""braindecode's EEGConformer without its classifier."""
 
-HEAD_KEYS = (
-    Key("fc.fc.0.weight", "params/hidden0/kernel", "o i -> i o"),
-    Key("fc.fc.0.bias", "params/hidden0/bias"),
-    Key("fc.fc.3.weight", "params/hidden1/kernel", "o i -> i o"),
-    Key("fc.fc.3.bias", "params/hidden1/bias"),
-    Key("final_layer.weight", "params/classes/kernel", "o i -> i o"),
-    Key("final_layer.bias", "params/classes/bias"),
+def _head_keys(*layers: str) -> tuple[Rule, ...]:
+    rules: list[Rule] = []
+    for theirs, ours in zip(layers, ("hidden0", "hidden1", "classes"), strict=True):
+        rules += [
+            Key(f"{theirs}.weight", f"params/{ours}/kernel", "o i -> i o"),
+            Key(f"{theirs}.bias", f"params/{ours}/bias"),
+        ]
+    return tuple(rules)
+
+
+KEYS = _keys("patch_embedding", "transformer")
+HEAD_KEYS = _head_keys("fc.fc.0", "fc.fc.3", "final_layer")
+"""braindecode's EEGConformer, and its classifier."""
+
+_UNREAD = "a second classifier that the code never reads"
+OFFICIAL_KEYS = _keys("0", "1")
+OFFICIAL_HEAD_KEYS = (
+    *_head_keys("2.fc.0", "2.fc.3", "2.fc.6"),
+    *(Ignore(f"2.clshead.{layer}.{part}", _UNREAD) for layer in (1, 2) for part in ("weight", "bias")),
 )
-"""Its classifier."""
+"""The authors' code's, and its classifier."""
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "eeg_conformer_tiny": (
@@ -244,7 +257,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
         9_088,
         "parity of its layers",
     ),
-    "eeg_conformer_official": ({"scores": "model"}, 156_320, "parity but for the divisor of scores"),
+    "eeg_conformer_official": (
+        {"scores": "model"},
+        156_320,
+        "parity: tokens and logits within 2e-6 (relative) of the authors' code, random weights",
+    ),
     "eeg_conformer_base": ({}, 156_320, "parity: tokens and logits within 1e-6 (relative) of braindecode's"),
 }
 """Options, parameters without the classifier, evidence. tiny is ours."""

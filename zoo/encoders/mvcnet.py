@@ -4,8 +4,8 @@ Source: Wang et al., "MVCNet: Multi-View Contrastive Network for Motor Imagery C
 2025; sizes and initial values are facts of the authors' code (github.com/wzwvv/MVCNet, no licence; nothing of it is
 used here), whose branch is IFNet (Wang et al., IEEE TNSRE 31, 2023) with one frequency band.
 
-Input: EEG of motor imagery at 250 Hz, 4 s, band-passed 8–32 Hz, each person's whitened by its mean covariance
-(Euclidean alignment, `zoo.evaluate`).
+Input: EEG of motor imagery at 250 Hz, 4 s, each person's whitened by the inverse root of its mean covariance (Euclidean
+alignment, He and Wu, IEEE TBME 67, 2020).
 
 Training has a second branch, which a test does not need, and four views of every window: `zoo.objectives.mvcnet`. The
 published windows have 1,001 samples, the last of which the filters read and the means do not; `samples=1001` does so.
@@ -125,7 +125,7 @@ for _name, (_options, _parameters, _evidence) in VARIANTS.items():
             "Knowledge-Based Systems 2025",
             code="github.com/wzwvv/MVCNet",
             licence="none (facts only)",
-            inputs="EEG [B, C, T] of one montage and window length, in the paper 250 Hz, 8–32 Hz, Euclidean-aligned",
+            inputs="EEG [B, C, T] of one montage and window length, in the paper 250 Hz, Euclidean-aligned",
             parameters=_parameters,
             evidence=_evidence,
         ),
