@@ -67,6 +67,18 @@ def test_a_name_will_do_for_a_module_and_other_collections_go_along(tmp_path):
         zoo.load_head(tmp_path / "a/b")
 
 
+def test_the_token_of_a_mask_goes_along_where_it_is_named(variables, tmp_path):
+    pretrained = {"params": {**variables["params"], "embed_mask": np.ones(100, np.float32)}}
+    with pytest.raises(WeightsMismatch, match=r"extra tensor params/embed_mask \[100\]"):
+        zoo.export(ENCODER, pretrained, tmp_path / "out")
+    with pytest.raises(ZooError, match="no variable params/mask of the extra ones"):
+        zoo.export(ENCODER, pretrained, tmp_path / "out", extra=["params/mask"])
+    zoo.export(ENCODER, pretrained, tmp_path / "out", extra=["params/embed_mask"])
+    found = load_weights(tmp_path / "out")
+    same(found.variables, pretrained)
+    assert found.extra == ("params/embed_mask",)
+
+
 def test_loaded_weights_compute_what_they_did(folder, variables):
     module, found = zoo.load(folder)
     _, sensors = module.example()

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jax
@@ -14,10 +15,13 @@ import pytest
 from published import drawn, written
 
 import zoo
+import zoo.run
 from zoo.cli import main
 from zoo.data.recipes import RECIPES
 from zoo.data.samples import SAMPLES
+from zoo.encoders.encoder import LinearHead
 from zoo.errors import ZooError
+from zoo.objectives.supervised import Supervised
 from zoo.registry import entry
 from zoo.tokenizers import meg_gpt
 from zoo.types import Sensors
@@ -153,6 +157,21 @@ def test_no_hub_one_line(name, monkeypatch, tmp_path):
     with pytest.raises(ZooError, match="cannot be had from the hub: ") as caught:
         zoo.load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_labels_gives_its_classifier_too(monkeypatch, tmp_path):
+    task = Supervised("labram_tiny", {"depth": 1}, classes=3)
+    encoder, head = drawn(task.encoder()), drawn(LinearHead(3), np.zeros((1, 100), np.float32))
+    data = SimpleNamespace(recipe=RECIPES["labram"], window_seconds=2.0)
+    trained = SimpleNamespace(task=task, data=data), {"encoder": encoder["params"], "head": head["params"]}, {}
+    monkeypatch.setattr(zoo.run, "trained_parameters", lambda folder, step=None: trained)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.py").touch()
+    found = load.load_weights(tmp_path / "run")
+    assert (found.name, found.classes, found.recipe.name, found.window_seconds) == ("run", 3, "labram", 2.0)
+    classifier, variables = zoo.load_head(tmp_path / "run")
+    assert classifier == task.encoder().head(3)
+    jax.tree.map(np.testing.assert_array_equal, variables, head)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def convert(source: str | Path, out: str | Path, chosen: Options) -> tuple[Row, 
             recipe,
             chosen.window_seconds,
             found.lacks,
-            {name: text for name, text in about.items() if text},
+            about={name: text for name, text in about.items() if text},
         )
     ledger = json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n"
     write_folder(weights, out, {"ledger.json": ledger, "ledger.txt": table(rows)})

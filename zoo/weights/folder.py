@@ -52,6 +52,7 @@ class Weights:
     recipe          what a recording must have gone through
     window_seconds  length of window that it was trained on
     lacks           collections that the module needs and no file gave: that of an encoder's tokenizer, if any
+    extra           variables that the module does not make of its example, such as the token of a mask
     about           of "about", "licence", "paper", "source", "source_sha256" what is known
     """
 
@@ -63,6 +64,7 @@ class Weights:
     recipe: Recipe | None = None
     window_seconds: float | None = None
     lacks: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     about: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,6 +79,7 @@ def export(
     head: Variables | None = None,
     recipe: Recipe | None = None,
     window_seconds: float | None = None,
+    extra: Collection[str] = (),
     about: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes variables of a model to a new folder, whole or not at all, and returns it.
@@ -86,6 +89,7 @@ def export(
     classes  of the classifier with variables `head`
     recipe, window_seconds
              what a recording must have gone through, and the window; for `zoo embed`
+    extra    names of variables that the module does not make of its example, such as params/embed_mask
     about    of "about", "licence", "paper", "source", "source_sha256" what is to be told
 
     Raises ZooError where variables and model do not fit, listing everything that does not, for a module whose options
@@ -101,6 +105,7 @@ def export(
             head or {},
             recipe,
             window_seconds,
+            extra=tuple(extra),
             about=about or {},
         ),
         folder,
@@ -117,7 +122,7 @@ def write_folder(weights: Weights, folder: str | Path, files: Mapping[str, str] 
         raise ZooError(f"export: got {weights.classes} classes and {len(weights.head)} collections of a head")
     arch, options = described(weights.module)
     tensors = _named(weights.variables) | {f"{HEAD}/{name}": leaf for name, leaf in _named(weights.head).items()}
-    lacks = _fitted(tensors, weights.module, weights.classes)[2]
+    lacks = _fitted(tensors, weights.module, weights.classes, weights.extra)[2]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ZooError(f"{folder}: exists and is not empty; choose another folder")
     with disk_errors(folder.parent):
@@ -132,6 +137,7 @@ def write_folder(weights: Weights, folder: str | Path, files: Mapping[str, str] 
             "options": options,
             "classes": weights.classes,
             "lacks": list(lacks),
+            "extra": list(weights.extra),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights.variables.get("params", {}))),
             "input": _input(weights),
             "about": dict(weights.about),
@@ -163,17 +169,18 @@ def read_folder(folder: str | Path) -> Weights:
         raise ZooError(f"{folder / CONFIG}: format {found}, wanted {FORMAT}")
     try:
         module = create(config["arch"], **restored(config["options"]))
-        classes, lacks, given = config["classes"], tuple(config["lacks"]), config["input"]
+        classes, given = config["classes"], config["input"]
+        lacks, extra = tuple(config["lacks"]), tuple(config["extra"])
         recipe = given["recipe"] and _recipe(given["recipe"])
         name, window, about = config["name"], given["window_seconds"], dict(config["about"])
         sha256 = config["weights_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ZooError(f"{folder / CONFIG}: not that of an exported model: {error!r}") from error
     tensors = read(folder / TENSORS, sha256=sha256)
-    variables, head, found = _fitted(tensors, module, classes)
+    variables, head, found = _fitted(tensors, module, classes, extra)
     if found != lacks:
         raise ZooError(f"{folder}: its {CONFIG} says that it lacks {lacks}, its tensors {found}")
-    return Weights(name, module, variables, classes, head, recipe or None, window, lacks, about)
+    return Weights(name, module, variables, classes, head, recipe or None, window, lacks, extra, about)
 
 
 def initial(module: Any, classes: int = 0) -> dict[str, Any]:
@@ -274,13 +281,19 @@ def _named(variables: Variables) -> dict[str, np.ndarray]:
 
 
 def _fitted(
-    tensors: Mapping[str, np.ndarray], module: nn.Module, classes: int
+    tensors: Mapping[str, np.ndarray], module: nn.Module, classes: int, extra: Collection[str]
 ) -> tuple[Variables, Variables, tuple[str, ...]]:
     """(variables of the module, of its head, what it lacks) from tensors by their own names; strictly."""
     whole = made(module, classes)
     lacks = without_tokenizer(whole, {name.partition("/")[0] for name in tensors})
-    rules = [Key(called(leaf), leaf) for leaf in flax.traverse_util.flatten_dict(whole, sep="/")]
-    filled = on_device(fill(rules, tensors, whole)[0])
+    leaves = flax.traverse_util.flatten_dict(whole, sep="/")
+    for name in extra:
+        collection, _, rest = name.partition("/")
+        if name not in tensors:
+            raise ZooError(f"export: there is no variable {name} of the extra ones")
+        leaves[f"{collection}/{MODEL}/{rest}"] = tensors[name]
+    rules = [Key(called(leaf), leaf) for leaf in leaves]
+    filled = on_device(fill(rules, tensors, flax.traverse_util.unflatten_dict(leaves, sep="/"))[0])
     return part_of(filled, MODEL), part_of(filled, HEAD), lacks
 
 

@@ -22,7 +22,7 @@ from zoo.types import Variables
 from zoo.weights.cards import PRETRAINED, Download, Hub, InSample, Pretrained, pretrained
 from zoo.weights.convert import carried
 from zoo.weights.files import read
-from zoo.weights.folder import CONFIG, TENSORS, Weights, read_folder
+from zoo.weights.folder import CONFIG, TENSORS, Weights, part_of, read_folder
 from zoo.weights.keys import Row
 
 HUB = "hf:"
@@ -78,7 +78,9 @@ def from_card(card: Pretrained, source: str | Path = "") -> tuple[Weights, tuple
     about |= {"source": where(card), "source_sha256": card.sha256}
     recipe = RECIPES[card.recipe] if card.recipe else None
     window = card.window_seconds
-    weights = Weights(card.name, module, found.variables, card.classes, found.head, recipe, window, found.lacks, about)
+    weights = Weights(
+        card.name, module, found.variables, card.classes, found.head, recipe, window, found.lacks, about=about
+    )
     return weights, found.rows
 
 
@@ -168,17 +170,23 @@ def _offline(repository: str, error: Exception) -> str:
 
 
 def _from_run(folder: Path) -> Weights:
+    from zoo.objectives.supervised import Supervised
     from zoo.run import load as load_run
-    from zoo.run import stored_config
+    from zoo.run import trained_parameters
 
-    config = stored_config(folder)
     module, variables = load_run(folder)
-    about = {"about": f"run {folder.name}"}
+    config, params, collections = trained_parameters(folder)
+    classes, head = 0, {}
+    if isinstance(config.task, Supervised):
+        classes = config.task.classes
+        head = part_of({"params": params, **collections}, "head")
     return Weights(
         folder.name,
         module,
         variables,
-        recipe=config.data.recipe,
-        window_seconds=config.data.window_seconds,
-        about=about,
+        classes,
+        head,
+        config.data.recipe,
+        config.data.window_seconds,
+        about={"about": f"run {folder.name}"},
     )
