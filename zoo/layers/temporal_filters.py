@@ -58,6 +58,7 @@ def moments(
     """Mean and variance, over examples, channels and times, of what `filtered` makes of every channel.
 
     Without making it: the variance is kernelᵀ R kernel, R the mean products of the signal's samples up to W apart.
+    As any variance from sums it loses digits where channels' offsets are far larger than what varies.
     """
     width = kernel.shape[0]
     times = signal.shape[-1] - width + 1
