@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from electrodes import electrodes
 from loop import trained
-from quick import compiled, init, run
+from quick import compiled, init
 
 import zoo
 from zoo.encoders.glim import before_the_end
@@ -59,44 +59,66 @@ def test_counts_of_encoder_and_aligner() -> None:
     assert counts == [10_141_696, 8_662_016, 37 * 128 + 3]
 
 
-def test_padding_is_what_a_window_ends_with() -> None:
+@pytest.fixture(scope="module")
+def program() -> Any:
+    """(its first variables, variables × signal × prompt → tokens) of the published form, in small."""
+    return made(SMALL)
+
+
+def made(options: dict[str, Any]) -> Any:
+    encoder, given = zoo.create("glim_tiny", **options), batch(size=2)
+    variables = init(encoder, given["signal"], given["sensors"])
+
+    def tokens(variables: Any, signal: Any, prompt: Any) -> Any:
+        return encoder.apply(variables, signal, given["sensors"], prompt=prompt).tokens
+
+    return variables, compiled(tokens)
+
+
+UNKNOWN = np.zeros((2, 3), np.int32)
+
+
+def test_padding_is_what_a_window_ends_with(program: Any) -> None:
+    """And it is not read: other positions there, as other zeros would have, change nothing."""
     signal = jnp.zeros((2, 2, 6)).at[0, 1, 1].set(1.0).at[0, 0, 3].set(1.0)
     np.testing.assert_array_equal(before_the_end(signal), [[True] * 4 + [False] * 2, [True] * 6])
-    encoder = zoo.create("glim_tiny", **SMALL)
-    given = batch(size=2)
-    variables = opened(init(encoder, given["signal"], given["sensors"]))
-    signal = given["signal"].copy()
-    signal[:, :, 30:] = 0
-    there = run(encoder, variables, signal, given["sensors"]).tokens
-    assert np.abs(there - run(encoder, variables, given["signal"], given["sensors"]).tokens).max() > 1e-3
-    assert before_the_end(jnp.asarray(signal)).sum(1).tolist() == [30, 30]
+    fresh, tokens = program
+    variables, whole = opened(fresh), batch(size=2)["signal"]
+    short = whole.copy()
+    short[:, :, 30:] = 0
+    # What padding holds after the rules of samples: were it read, these would matter.
+    other = opened(fresh)
+    for part in (slice(30, 40), slice(70, 80)):
+        other["params"]["samples"]["rule_samples"]["bias"][:, part] = 7.0
+    np.testing.assert_allclose(tokens(other, short, UNKNOWN), tokens(variables, short, UNKNOWN), atol=1e-5)
+    assert np.abs(tokens(other, whole, UNKNOWN) - tokens(variables, whole, UNKNOWN)).max() > 1e-3
 
 
-def test_the_task_alone_acts_unless_the_others_are_let_in() -> None:
-    given = batch(size=2)
-    for drop, acts in (((0.0, 1.0, 1.0), [True, False, False]), ((0.0, 0.0, 0.0), [True, True, True])):
-        encoder = zoo.create("glim_tiny", **SMALL, drop=drop)
-        variables = opened(init(encoder, given["signal"], given["sensors"]))
-        tell = compiled(
-            lambda prompt, encoder=encoder, variables=variables: (
-                encoder.apply(variables, given["signal"], given["sensors"], prompt=prompt).tokens
-            )
-        )
-        unknown = tell(np.zeros((2, 3), np.int32))
-        for place in range(3):
-            prompt = np.zeros((2, 3), np.int32)
-            prompt[:, place] = 2
-            assert (np.abs(tell(prompt) - unknown).max() > 1e-4) == acts[place]
+def acting(program: Any) -> list[bool]:
+    """Whether another task, dataset or person makes a difference."""
+    fresh, tokens = program
+    variables, signal = opened(fresh), batch(size=2)["signal"]
+    unknown = tokens(variables, signal, UNKNOWN)
+    prompts = 2 * np.eye(3, dtype=np.int32)[:, None].repeat(2, 1)
+    return [bool(np.abs(tokens(variables, signal, prompt) - unknown).max() > 1e-4) for prompt in prompts]
 
 
-def test_a_fresh_encoder_leaves_samples_as_they_are() -> None:
+def test_the_task_alone_acts(program: Any) -> None:
+    assert acting(program) == [True, False, False]
+
+
+@pytest.mark.slow
+def test_dataset_and_person_act_where_they_are_let_in() -> None:
+    assert acting(made({**SMALL, "drop": (0.0, 0.0, 0.0)})) == [True, True, True]
+
+
+def test_a_fresh_encoder_leaves_samples_as_they_are(program: Any) -> None:
     """Gates begin closed: the tokens do not depend on what is inside the layers over samples."""
-    encoder, given = zoo.create("glim_tiny", **SMALL), batch(size=2)
-    variables = init(encoder, given["signal"], given["sensors"])
-    other = jax.tree.map(lambda leaf: leaf, variables)
-    other["params"]["samples"]["mlp_in"]["kernel"] = 3 + variables["params"]["samples"]["mlp_in"]["kernel"]
-    a, b = (run(encoder, each, given["signal"], given["sensors"]).tokens for each in (variables, other))
-    np.testing.assert_array_equal(a, b)
+    variables, tokens = program
+    other = jax.tree.map(np.array, variables)
+    other["params"]["samples"]["mlp_in"]["kernel"] += 3
+    signal = batch(size=2)["signal"]
+    np.testing.assert_array_equal(tokens(other, signal, UNKNOWN), tokens(variables, signal, UNKNOWN))
 
 
 def test_the_language_models_loss_is_the_mean_over_ids() -> None:
@@ -118,11 +140,11 @@ def test_what_reading_lacks_is_told() -> None:
 
 def opened(variables: Any) -> Any:
     """With rules and gates that are not zero."""
+    variables = jax.tree.map(np.array, variables)
     samples = variables["params"]["samples"]
     for name in ("rule", "rule_samples"):
-        kernel = samples[name]["kernel"]
-        samples[name]["kernel"] = 5 * np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
-        samples[name]["bias"] = np.full(samples[name]["bias"].shape, 0.3, np.float32)
+        samples[name]["kernel"] += 5 * np.random.default_rng(0).normal(size=samples[name]["kernel"].shape)
+        samples[name]["bias"] += 0.3
     return variables
 
 
