@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ torch = pytest.importorskip("torch", reason="PyTorch runs the peers")
 
 import zoo  # noqa: E402
 from zoo.encoders.eegpt import BRAINDECODE_HEAD_KEYS, CHANNELS, KEYS, encoder_keys  # noqa: E402
+from zoo.objectives.eegpt import KEYS as PRETRAINING_KEYS  # noqa: E402
+from zoo.objectives.eegpt import AlignAndReconstruct  # noqa: E402
 from zoo.weights.keys import fill  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,6 +91,57 @@ def test_the_encoder_is_the_authors_hidden_or_not() -> None:
     theirs = model(torch.tensor(SIGNAL), rows, mask_x=keep)
     ours = np.asarray(apply(variables, SIGNAL, electrodes(NAMES), mask=mask).tokens).reshape(2, 4, 4, 512)
     close(ours[:, [0, 2]], theirs, "tokens of patches with hidden channels")
+
+
+def test_a_step_of_pretraining_is_the_authors() -> None:
+    """Predictions, reconstructions and both losses, with one mask for the batch, as theirs is."""
+    module, functional = official(), torch.nn.functional
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    size = {"embed_dim": 64, "embed_num": 2, "num_heads": 4, "norm_layer": norm}
+    parts = torch.nn.ModuleDict({"encoder": module.EEGTransformer(img_size=(6, 256), depth=2, **size)})
+    parts["target_encoder"] = module.EEGTransformer(img_size=(6, 256), depth=2, **size)
+    grid = {"num_patches": parts["encoder"].num_patches, **size}
+    parts["predictor"] = module.EEGTransformerPredictor(predictor_embed_dim=64, depth=1, use_part_pred=True, **grid)
+    parts["reconstructor"] = module.EEGTransformerReconstructor(reconstructor_embed_dim=64, depth=2, **grid)
+    frequencies = {name: value.clone() for name, value in parts.state_dict().items() if name.endswith("freqs")}
+    drawn(parts)
+    parts.load_state_dict(frequencies, strict=False)
+
+    shown, x = {1: (0, 4), 2: (3, 5)}, torch.tensor(SIGNAL)
+    kept, asked = np.zeros((2, 6, 4), bool), np.ones((2, 6, 4), bool)
+    for patch, channels in shown.items():
+        kept[:, channels, patch] = True
+        asked[:, :, patch] = False
+    asked[:, 2, 1] = True
+    mask_x = torch.tensor([[patch * 6 + channel for channel in channels] for patch, channels in shown.items()])
+    mask_y = torch.tensor(
+        [patch * 6 + channel for patch in range(4) for channel in range(6) if asked[0, channel, patch]]
+    )
+    rows = parts["encoder"].prepare_chan_ids(NAMES)
+    with torch.no_grad():
+        wanted = parts["target_encoder"](x, rows)
+        wanted = functional.layer_norm(wanted, (64,))
+        samples = x.reshape(2, 6, 4, 64).permute(0, 2, 1, 3).reshape(2, 24, 64)[:, mask_y]
+        predicted, known = parts["predictor"](parts["encoder"](x, rows, mask_x=mask_x), mask_x=mask_x)
+        rebuilt = parts["reconstructor"](known, rows, mask_y=mask_y)
+        losses = [
+            functional.mse_loss(wanted, predicted),
+            functional.mse_loss(functional.layer_norm(samples, (64,)), rebuilt),
+        ]
+
+    options = {"dim": 64, "summaries": 2, "depth": 2, "heads": 4, "patches": 4}
+    task = AlignAndReconstruct("eegpt_large", options, predictor_depth=1, reconstructor_depth=2, visible=2)
+    batch = {"signal": SIGNAL, "sensors": electrodes(NAMES)}
+    made = nn.unbox(jax.jit(task.init)(jax.random.key(0), batch))
+    variables, ledger = fill(PRETRAINING_KEYS, arrays(parts), made)
+    assert len({row.source for row in ledger if row.target and row.source}) == 2 * (6 + 24) + (7 + 12) + (8 + 24)
+    out = jax.jit(task.module().apply)({"params": variables["params"]}, SIGNAL, batch["sensors"], kept, asked)
+    close(out["predicted"], predicted, "predicted summaries")
+    ours = np.asarray(out["samples"]).transpose(0, 2, 1, 3).reshape(2, 24, 64)[:, mask_y.numpy()]
+    close(ours, rebuilt, "reconstructed samples")
+    _, metrics, _ = jax.jit(task.loss_of, static_argnums=5)(variables, batch, kept, asked, jax.random.key(0), False)
+    close(metrics["alignment"], losses[0], "alignment")
+    close(metrics["reconstruction"], losses[1], "reconstruction")
 
 
 @pytest.mark.parametrize("stride", [64, 32])

@@ -25,7 +25,7 @@ from zoo.encoders.biot import BIOT
 from zoo.errors import ZooError
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias
 from zoo.objectives.contrast import info_nce, similarities
-from zoo.registry import create
+from zoo.registry import create, entry
 from zoo.types import AnyArray, Array, Batch, Sensors, Variables
 
 
@@ -50,9 +50,9 @@ class PerturbedWords:
 
         Raises ZooError for a model that is no BIOT.
         """
-        encoder = create(self.model, **{"dtype": jnp.dtype(self.dtype), **self.options})
-        if not isinstance(encoder, BIOT):
+        if entry(self.model).constructor is not BIOT:
             raise ZooError(f"task.model: {self.model} has no words to leave out, wanted a BIOT, such as biot_tiny")
+        encoder: Any = create(self.model, **{"dtype": jnp.dtype(self.dtype), **self.options})
         return encoder
 
     def module(self) -> TwoViews:
