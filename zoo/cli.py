@@ -18,6 +18,7 @@ usage: zoo COMMAND …
   fetch NAME                 download a sample dataset: checked, cached, licence and citation shown
   prepare SOURCE OUT         recordings → filtered, scaled, sharded dataset
   train CONFIG [OPTIONS]     run a configuration, from where its folder left off
+  plan CONFIG --target CHIP  what a run needs and could reach on chips that are not there (exit code 3: does not fit)
   evaluate RUN               probe the newest checkpoint of a run again
   tokenize DATASET OUT       signals → codes, by a trained tokenizer; --decode CODES OUT: back
   generate RUN OUT           new signals from a next-code model, and their spectra beside real ones
@@ -58,8 +59,8 @@ class Prepare:
 class Tokenize:
     """Signals → codes: `zoo tokenize DATASET --tokenizer NAME OUT [OPTIONS]`; and back: `--decode CODES OUT`.
 
-    DATASET is a prepared dataset's folder. NAME is a run's folder, or a registered tokenizer that is fitted and not
-    trained (mu_law, quantile): it is fitted to the dataset's training part.
+    DATASET is a prepared dataset's folder. NAME is a run's folder, published weights (`zoo list`), an exported folder,
+    or a registered tokenizer that is fitted and not trained (mu_law, quantile): it is fitted to the training part.
 
     Attributes:
         step: step of the run; by default its newest checkpoint
@@ -75,7 +76,7 @@ class Tokenize:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Runs one command; its exit code: 0, 2 for bad input, 3 for a plan that does not fit, 130 when interrupted."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(HELP, end="")
@@ -89,14 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
             raise ZooError(f"no command is called {command!r}; the nearest is {near!r}")
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except ZooError as error:
         print(f"zoo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def fetch(arguments: Sequence[str]) -> None:
@@ -145,6 +145,13 @@ def train(arguments: Sequence[str]) -> None:
         run(Path(arguments[0]), [short.get(each, each) for each in arguments[1:]])
     except Stopped as stopped:
         print(stopped)
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """zoo plan CONFIG --target CHIP:SHAPE [OPTIONS]"""
+    from zoo.plan.command import run
+
+    return run(arguments)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -280,6 +287,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "fetch": fetch,
     "prepare": prepare,
     "train": train,
+    "plan": plan,
     "evaluate": evaluate,
     "tokenize": tokenize,
     "generate": generate,

@@ -58,15 +58,18 @@ def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(mesh: Mesh) -> jax.sharding.Mesh:
-    """The device mesh. With several slices, `slice` runs across the data-centre network and the rest inside a slice."""
-    sizes = mesh_shape(mesh, jax.device_count())
-    inside = tuple(1 if axis == "slice" else size for axis, size in sizes.items())
-    if sizes["slice"] > 1 and hasattr(jax.devices()[0], "slice_index"):
+def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of all devices, or of those given. With several slices, `slice` runs across the data-centre network and
+    the rest inside a slice; inside, neighbours on the mesh are neighbours in the machine as far as they can be."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_shape(mesh, len(devices))
+    if sizes["slice"] > 1 and hasattr(devices[0], "slice_index"):
+        inside = tuple(1 if axis == "slice" else size for axis, size in sizes.items())
         across = tuple(size if axis == "slice" else 1 for axis, size in sizes.items())
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
 def logical_rules(rules: Rules) -> list[tuple[str, tuple[str, ...] | None]]:

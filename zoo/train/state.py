@@ -52,7 +52,7 @@ class Program:
         meshes.check_replication(nn.unbox(self.boxed), self.shardings.params, mesh, config.mesh.max_replicated)
         whole = meshes.replicated(mesh)
         self._initial = jax.jit(self._make, out_shardings=self.shardings)
-        self.train_step = jax.jit(self._train, donate_argnums=0, out_shardings=(self.shardings, whole))
+        self.train_step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, whole))
         self.validate = jax.jit(self._validate, out_shardings=whole)
 
     def context(self) -> Any:
@@ -119,7 +119,8 @@ class Program:
             ema=params if self.config.train.ema else None,
         )
 
-    def _train(self, state: State, batch: Batch) -> tuple[State, Mapping[str, Array]]:
+    def step(self, state: State, batch: Batch) -> tuple[State, Mapping[str, Array]]:
+        """One update: what `train_step` compiles."""
         key = jax.random.fold_in(jax.random.key(self.config.seed + 1), state.step)
         gradient, metrics, collections = self._gradient(state, batch, key)
         updates, optimizer = self._rule.update(gradient, state.optimizer, state.params)

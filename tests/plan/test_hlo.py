@@ -1,0 +1,77 @@
+"""What is read from compiled programs, against programs whose collectives are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from zoo.plan.collectives import Collective, collectives
+from zoo.plan.hlo import Hlo
+
+SIZES = {"data": 2, "fsdp": 4}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def compiled(function: Any, mesh: jax.sharding.Mesh, out: PartitionSpec, *given: tuple[tuple[int, ...], Any]) -> Hlo:
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in given]
+    return Hlo(jax.jit(function, out_shardings=NamedSharding(mesh, out)).lower(*shapes).compile().as_text())
+
+
+def test_a_gather_along_one_axis(mesh: jax.sharding.Mesh) -> None:
+    hlo = compiled(lambda x: x * 2, mesh, PartitionSpec(), ((16, 8), PartitionSpec("fsdp")))
+    assert collectives(hlo, SIZES) == [Collective("all-gather", ("fsdp",), 16 * 8 * 4, (0, 1, 2, 3), 1)]
+    assert collectives(hlo, SIZES)[0].sent == 16 * 8 * 4 * 3 / 4
+
+
+def test_a_sum_over_all(mesh: jax.sharding.Mesh) -> None:
+    hlo = compiled(lambda x: x.sum(0), mesh, PartitionSpec(), ((16, 8), PartitionSpec(("data", "fsdp"))))
+    (found,) = collectives(hlo, SIZES)
+    assert (found.kind, found.axes, found.size, found.group) == ("all-reduce", ("data", "fsdp"), 8 * 4, 8)
+    assert found.sent == 2 * 7 / 8 * 32
+
+
+def test_a_loop_sends_as_often_as_it_runs(mesh: jax.sharding.Mesh) -> None:
+    def looped(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    rows, columns = PartitionSpec(None, "fsdp"), PartitionSpec(None, "fsdp", None)
+    hlo = compiled(looped, mesh, rows, ((16, 8), rows), ((5, 8, 8), columns))
+    found = collectives(hlo, SIZES)
+    assert found
+    assert {each.times for each in found} == {5}
+    assert {each.axes for each in found} == {("fsdp",)}
+
+
+def test_a_program_of_one_device_sends_nothing() -> None:
+    hlo = Hlo(jax.jit(jnp.matmul).lower(jnp.ones((4, 4)), jnp.ones((4, 4))).compile().as_text())
+    assert collectives(hlo, {"data": 1}) == []
+
+
+def test_traffic_is_operands_and_results(mesh: jax.sharding.Mesh) -> None:
+    hlo = compiled(lambda a, b: jnp.tanh(a) + b, mesh, PartitionSpec(), *[((64, 32), PartitionSpec())] * 2)
+    assert hlo.traffic() == 3 * 64 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", ("fsdp",)),
+        ("[2,4]<=[8]", ("fsdp",)),
+        ("[4,2]<=[2,4]T(1,0)", ("data",)),
+        ("mesh['a'=2,'b'=4] {'a'}", ("data",)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", ("fsdp",)),
+        ("[1,8]<=[8]", ("data", "fsdp")),
+    ],
+)
+def test_groups_in_every_form(groups: str, axes: tuple[str, ...]) -> None:
+    line = f"  %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%sum"
+    (found,) = collectives(Hlo(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}\n}}"), SIZES)
+    assert found.axes == axes
