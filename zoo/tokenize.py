@@ -68,8 +68,8 @@ def tokenize(
 ) -> CodeDataset:
     """Writes the codes of the prepared dataset in folder `path` to the folder `out`, and figures of them.
 
-    name            a run's folder, or a registered tokenizer that is fitted and not trained, with its `options`: it is
-                    fitted to the dataset's training part
+    name            a run's folder, or weights: published ones, an exported folder, hf:owner/repository; or a registered
+                    tokenizer that is fitted and not trained, with its `options`: to the dataset's training part
     step            of the run; its newest checkpoint by default
     window_seconds  length of a record; the run's by default, or 1 s
 
@@ -124,10 +124,12 @@ def tokenize(
 
 
 def _find(name: str, options: Mapping[str, Any]) -> tuple[TrainTokenizer, str, float]:
-    """(the tokenizer as a task, its run's folder or "", seconds of a window)."""
+    """(the tokenizer as a task, its run's folder, its weights' name or "", seconds of a window)."""
     from zoo.objectives.train_tokenizer import TrainTokenizer
     from zoo.run import stored_config
 
+    if published(name):
+        return _of_weights(name, options)
     if Path(name).exists() or "/" in name:
         config = stored_config(Path(name))
         if not isinstance(config.task, TrainTokenizer):
@@ -142,6 +144,32 @@ def _find(name: str, options: Mapping[str, Any]) -> tuple[TrainTokenizer, str, f
             "run's folder, runs/NAME"
         )
     return task, "", 1.0
+
+
+def published(name: str) -> bool:
+    """Whether these are weights with a card, in an exported folder or on the hub, not a run's."""
+    from zoo.weights.cards import PRETRAINED
+    from zoo.weights.folder import CONFIG
+    from zoo.weights.load import HUB
+
+    folder = Path(name)
+    exported = (folder / CONFIG).is_file() and not (folder / "config.py").is_file()
+    return name in PRETRAINED or name.startswith(HUB) or exported
+
+
+def _of_weights(name: str, options: Mapping[str, Any]) -> tuple[TrainTokenizer, str, float]:
+    from zoo.objectives.train_tokenizer import TrainTokenizer
+    from zoo.tokenizers.tokenizer import Tokenizer
+    from zoo.weights.folder import described, restored
+    from zoo.weights.load import load_weights
+
+    if options:
+        raise ZooError(f"options {', '.join(options)}: the weights {name} have their own")
+    weights = load_weights(name)
+    if not isinstance(weights.module, Tokenizer):
+        raise ZooError(f"{name}: weights of a {type(weights.module).__name__}, wanted a tokenizer's")
+    arch, own = described(weights.module)
+    return TrainTokenizer(arch, restored(own)), name, weights.window_seconds or 1.0
 
 
 def _check(dataset: Dataset, tokenizer: Tokenizer, window: int, margin: int) -> None:
@@ -167,6 +195,12 @@ def _try(dataset: Dataset, chosen: Chosen, samples: int) -> None:
 
 
 def _trained(task: TrainTokenizer, run: str, step: int | None) -> Chosen:
+    if published(run):
+        from zoo.weights.load import load_weights
+
+        if step is not None:
+            raise ZooError(f"step {step}: the weights {run} are of one step")
+        return Chosen.of(task, load_weights(run).variables, run)
     from zoo.run import load
     from zoo.train.checkpoint import Checkpoints
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
@@ -222,6 +223,23 @@ def test_a_margin_gives_the_codes_and_signals_of_a_whole_recording(prepared, sou
     np.testing.assert_array_equal(codes[i].reshape(6, 4, 3), np.asarray(wanted).reshape(6, 6, 3)[:, 1:-1])
 
 
+def test_exported_weights_tokenize_with_their_own_options_and_window(source, tmp_path):
+    tokenizer = zoo.create("ephys_tokenizer_tiny", units=4, vocabulary=7, wave=4, margin=2, rate_hz=None)
+    shapes = nn.meta.unbox(jax.eval_shape(tokenizer.init, jax.random.key(0), *tokenizer.example()))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    zoo.export(tokenizer, variables, tmp_path / "weights", window_seconds=0.3)
+    arguments = [source.path, "--tokenizer", tmp_path / "weights", tmp_path / "codes"]
+    assert main(["tokenize", *map(str, arguments)]) == 0
+    codes = CodeDataset.open(tmp_path / "codes")
+    assert (codes.window, codes.margin, codes.run, codes.step) == (30, 2, str(tmp_path / "weights"), None)
+    assert TrainTokenizer(**codes.tokenizer).module() == tokenizer
+    recording, start = int(codes.recording[3]), int(codes.start[3])
+    signal = source.read(recording, start - 2, start + 32)[None]
+    wanted = tokenizer.apply(jax.tree.map(jnp.asarray, variables), signal, sensors_of(source, recording, 1)).codes[0]
+    np.testing.assert_array_equal(codes[3], wanted.reshape(len(signal[0]), 34)[:, 2:32].reshape(-1, 1))
+
+
 # What is refused
 
 
@@ -244,6 +262,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Any:
         (["--tokenizer", "labram_tiny"], "labram_tiny is not a tokenizer"),
         (["--tokenizer", NAME], "patch_tokenizer must be trained first: `zoo train` a configuration"),
         (["--tokenizer", "runs/absent"], "runs/absent: not a run's folder"),
+        (["--tokenizer", "iclabel_base.pretrained", "--options", "units", "3"], "have their own"),
         (["--tokenizer"], "--tokenizer wants a name"),
         ([], "usage: zoo tokenize DATASET --tokenizer NAME OUT"),
         (["--tokenizer", "mu_law", "--window-seconds", "0"], "got a window of 0 samples"),
