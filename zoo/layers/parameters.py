@@ -57,6 +57,11 @@ def dense(
     )
 
 
+def torch_linear(features: int, inputs: int, name: str) -> nn.Dense:
+    """[..., inputs] → [..., features], whole on every device; it begins as PyTorch's Linear does."""
+    return dense(features, (None, None), bias=True, init=LIKE_TORCH, bias_init=like_torch_bias(inputs), name=name)
+
+
 def split_heads(
     dim: int,
     heads: int,
