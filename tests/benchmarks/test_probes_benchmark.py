@@ -128,7 +128,7 @@ def test_pretraining_is_probed_on_whole_recordings(tmp_path):
 def test_an_encoder_is_trained_and_scored_on_the_recordings(tmp_path, faces_eeg):
     short = ["--share", "0.1", "--folds", "2", "--set", '{"epochs": 1, "ensemble": 1}', "--folder", str(tmp_path)]
     figures = tmp_path / "figures.json"
-    assert probes.main(["--rows", "eegnet ensemble, 32 sites by person", *short, "--json", str(figures)]) == 0
+    assert probes.main(["--rows", "eegnet wide ensemble, by person", *short, "--json", str(figures)]) == 0
     (row,) = json.loads(figures.read_text()).values()
     assert row["parameters"] < 10_000
     for where in ("within", "across"):
