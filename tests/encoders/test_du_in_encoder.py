@@ -62,11 +62,11 @@ def test_each_subject_has_a_matrix_of_its_own(small):
     run, signal, mask = small
     signal[1] = signal[0]
     none = np.zeros_like(mask)
-    same, other, unknown = (np.asarray(run(signal, np.array([2, who]), none).pooled) for who in (2, 1, 3))
+    same, other, *unknown = (np.asarray(run(signal, np.array([2, who]), none).pooled) for who in (2, 1, 3, -1))
     np.testing.assert_allclose(same[0], same[1], atol=1e-5)
     assert np.abs(other[0] - other[1]).max() > 1e-3
-    assert np.isnan(unknown[1]).all()
-    assert np.isfinite(unknown[0]).all()
+    assert all(np.isnan(each[1]).all() for each in unknown)
+    assert all(np.isfinite(each[0]).all() for each in unknown)
 
 
 def test_hidden_patches_are_not_read(small):
@@ -105,9 +105,11 @@ def test_a_sigmoid_may_follow_the_logits():
 def test_it_pretrains_on_codes_of_a_frozen_tokenizer():
     tokenizer = zoo.create("du_in_tiny", channels=3, depth=1, decoder_depth=1, codes=16)
     signal = np.random.default_rng(0).standard_normal((4, 3, 40)).astype(np.float32)
-    batch = {"signal": signal, "sensors": sensors(4)}
+    batch = {"signal": signal, "sensors": sensors(4), "subject": np.array([0, 1, 1, 0])}
     init = jax.jit(lambda key: tokenizer.init(key, signal, batch["sensors"]), compiler_options=QUICK)
-    task = MaskedCodes(model="du_in_encoder_tiny", options=SMALL).using(tokenizer, init(jax.random.key(0)))
+    task = MaskedCodes(model="du_in_encoder_tiny", options={**SMALL, "subjects": 2}).using(
+        tokenizer, init(jax.random.key(0))
+    )
     variables = jax.jit(lambda key: task.init(key, batch), compiler_options=QUICK)(jax.random.key(1))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -121,3 +123,6 @@ def test_it_pretrains_on_codes_of_a_frozen_tokenizer():
     assert 0.5 < value / (2 * np.log(16)) < 1.5
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert np.abs(grads["encoder"]["embed_mask"].unbox()).max() > 0
+    assert (np.abs(grads["encoder"]["subject_in"]["kernel"].unbox()).max((1, 2)) > 0).all()
+    with pytest.raises(ZooError, match="wants whose each example is"):
+        jax.eval_shape(task.init, key, {name: batch[name] for name in ("signal", "sensors")})

@@ -61,10 +61,10 @@ def test_no_token_hangs_on_what_comes_later_or_on_another_channel(small):
 
 def test_a_session_has_an_embedding_of_its_own(small):
     read, codes, _ = small
-    same, other, unknown = (np.asarray(read(codes[:1].repeat(2, 0), np.array([0, n]))) for n in (0, 1, 3))
+    same, other, *unknown = (np.asarray(read(codes[:1].repeat(2, 0), np.array([0, n]))) for n in (0, 1, 3, -1))
     np.testing.assert_array_equal(same[0], same[1])
     assert np.abs(other[0] - other[1]).max() > 1e-3
-    assert np.isnan(unknown[1]).all()
+    assert all(np.isnan(each[1]).all() for each in unknown)
 
 
 def test_what_does_not_fit_is_refused():

@@ -13,6 +13,7 @@ from electrodes import electrodes
 
 import zoo
 from zoo.errors import ZooError
+from zoo.objectives.masked_codes import MaskedCodes
 
 OPTIONS = {"channels": 3}
 QUICK = {"xla_backend_optimization_level": 0}
@@ -78,3 +79,28 @@ def test_windows_that_its_tokenizer_cannot_cut_are_refused(small):
         jax.eval_shape(lambda: encoder.init(jax.random.key(0), signal, sensors))
     with pytest.raises(ZooError, match="at 256 Hz, wanted 200 Hz"):
         encoder.check_recording(256.0, ("eeg",) * 3, ("FP1", "FP2", "C3"))
+
+
+@pytest.mark.slow
+def test_it_pretrains_on_hidden_codes_of_the_tokenizer_in_it():
+    """The task's trained tokenizer takes the untrained one's place, and every hidden code costs about ln K at first."""
+    tokenizer = zoo.create("mu_law_54")
+    signal = np.random.default_rng(0).standard_normal((4, 3, 12)).astype(np.float32)
+    batch = {"signal": signal, "sensors": electrodes(["FP1", "FP2", "C3"], batch=4)}
+    options = {"channels": 3, "tokenizer": "mu_law_54", "codes": 54, "depth": 1}
+    task = MaskedCodes(model="tfm_encoder_tiny", options=options).using(tokenizer, tokenizer.fit(signal))
+    variables = jax.jit(lambda key: task.init(key, batch), compiler_options=QUICK)(jax.random.key(0))
+    kept = variables["tokenizer"]["encoder"]["levels"]
+    np.testing.assert_array_equal(kept["edges"], tokenizer.fit(signal)["levels"]["edges"])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def learn(params: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return task.loss({**variables, "params": params}, batch, jax.random.key(1), False)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    value, grads = learn(variables["params"])
+    np.testing.assert_allclose(value, 2 * np.log(54), rtol=0.05)
+    hiding = np.asarray(grads["encoder"]["embed_code"].unbox())[54]
+    assert np.abs(hiding).max() > 0

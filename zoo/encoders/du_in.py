@@ -116,6 +116,8 @@ class DuINEncoder(Encoder):
             wanted = f"whose each example is, 0 to {self.subjects - 1}" if self.subjects else "none"
             raise ZooError(f"DuINEncoder: got {'no' if subject is None else 'a'} subject, wanted {wanted}")
         who = jnp.zeros(batch, jnp.int32) if subject is None else jnp.asarray(subject)
+        # A subject below 0 would count from the end.
+        who = jnp.where(who < 0, max(self.subjects, 1), who)
         there = jnp.asarray(sensors.valid).any(1)
         x = SubjectMap(max(self.subjects, 1), channels, self.latents, name="subject_in")(
             jnp.swapaxes(signal, 1, 2), who

@@ -153,7 +153,9 @@ class MegGPT(TokenizerEncoder):
         x = jnp.take(table, jnp.asarray(codes), axis=0) + self.embed_step + self.embed_channel[:, None]
         if subject is not None:
             labels = nn.with_logical_constraint(self.embed_label, (None, None))
-            own = jnp.take(labels, jnp.asarray(subject), axis=0, mode="fill", fill_value=jnp.nan)
+            # One below 0 would count from the end.
+            who = jnp.where(jnp.asarray(subject) < 0, self.subjects, subject)
+            own = jnp.take(labels, who, axis=0, mode="fill", fill_value=jnp.nan)
             x = x + self.label(own)[:, None, None]
         x = nn.with_logical_constraint(x, ("batch", None, None, None)).astype(self.dtype)
         x = self.drop(x, deterministic=not train)

@@ -92,7 +92,12 @@ class MaskedCodes(CodeTask):
         """What the encoder is called with."""
         if self.reads_codes:
             return (codes, batch["sensors"]), {"rows": rows, "mask": mask}
-        return (batch["signal"], batch["sensors"]), {"mask": mask.reshape(len(mask), rows, -1)}
+        more = {"mask": mask.reshape(len(mask), rows, -1)}
+        if getattr(self.reader(), "subjects", 0):
+            if "subject" not in batch:
+                raise ZooError(f"task: {self.model} wants whose each example is, got batches without 'subject'")
+            more["subject"] = jnp.asarray(batch["subject"])
+        return (batch["signal"], batch["sensors"]), more
 
     def _mask(self, batch: Batch, there: Bool[Array, "B N"], key: Array) -> Bool[Array, "B N"]:
         """The batch's own mask, of patches that are the tokens, or one drawn, on tokens that are there."""
