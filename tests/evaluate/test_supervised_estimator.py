@@ -65,6 +65,7 @@ def test_alignment_makes_mean_covariances_the_identity_for_people_known_and_not(
     np.testing.assert_allclose(half, aligned[:10], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_begins_from_weights_and_may_leave_them() -> None:
     features = as_features(SIGNAL, SUBJECT)
     first = estimator(epochs=2).fit(features, LABEL).members[0]

@@ -142,6 +142,7 @@ def test_a_learned_map_keeps_its_norm() -> None:
         adapter.apply(variables, signal[:, :3], electrodes(TARGETS[:3]))
 
 
+@pytest.mark.slow
 def test_an_encoder_for_one_montage_takes_another_behind_an_adapter() -> None:
     encoder = create("eegnet_tiny", channels=TARGETS)
     adapted = Adapted(encoder, ChannelAdapter("interpolate", TARGETS))

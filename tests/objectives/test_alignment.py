@@ -93,8 +93,9 @@ def test_sinkhorn_comes_near_the_best_assignment() -> None:
 
 def test_gradient_of_sinkhorn_is_that_of_its_value() -> None:
     a, b, direction = drawn(6, 2), drawn(5, 2) + 1, drawn(6, 2) + 1
-    slope = float((jax.grad(sinkhorn)(a, b) * direction).sum())
+    value, gradient = jax.jit(sinkhorn), jax.jit(jax.grad(sinkhorn))
+    slope = float((gradient(a, b) * direction).sum())
     step = 1e-2
-    change = (sinkhorn(a + step * direction, b) - sinkhorn(a - step * direction, b)) / (2 * step)
+    change = (value(a + step * direction, b) - value(a - step * direction, b)) / (2 * step)
     assert slope == pytest.approx(float(change), rel=1e-2)  # float32 over a step of .01
-    assert np.isfinite(jax.grad(sinkhorn)(a, a)).all()
+    assert np.isfinite(gradient(a, a[:5])).all()

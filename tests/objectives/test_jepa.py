@@ -66,6 +66,7 @@ def test_latents_are_compared_with_normalised_ones() -> None:
     assert not np.asarray(jax.grad(lambda t: latent_mse(prediction, t))(target)).any()
 
 
+@pytest.mark.slow
 def test_the_loss_is_of_hidden_tokens_and_what_the_average_makes_of_the_whole(variables: Any) -> None:
     batch, key = make_batch(), jax.random.key(0)
     away = jax.tree.map(lambda leaf: 1.1 * leaf, variables["target"]["params"])

@@ -128,6 +128,7 @@ def test_the_task_learns_and_leaves_statistics_behind() -> None:
     assert metrics["accuracy"] == pytest.approx(right[held["label"] >= 0].mean())
 
 
+@pytest.mark.slow
 def test_weights_of_classes_are_the_weight_of_a_batch() -> None:
     batch = make_batch(8)
     task = dataclasses.replace(TASK, class_weights=(1.0, 2.0, 4.0))
