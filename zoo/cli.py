@@ -207,13 +207,21 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 def embed(arguments: Sequence[str]) -> None:
-    """zoo embed FILE --model NAME [OPTIONS]"""
-    from zoo.embed import Options, run
+    """zoo embed FILE --model NAME [--recipe NAME] [--recipe.FIELD VALUE …] [OPTIONS]"""
+    from zoo.embed import Options, known_recipe, run
     from zoo.terminal import parse
+    from zoo.weights.load import load_weights
 
-    words, options = _split_words(arguments)
-    chosen = parse(Options, options, prog="zoo embed FILE")
-    run(_words(words, "zoo embed FILE --model NAME", 1)[0], chosen)
+    words, rest = _split_words(arguments)
+    options = [part for each in rest for part in (each.split("=", 1) if each.startswith("--") else [each])]
+    model = _taken(options, "--model", "zoo embed")
+    weights = load_weights(model) if model else None
+    base = known_recipe(weights, _taken(options, "--recipe", "zoo embed")) if weights else RECIPES["raw"]
+    chosen = parse(Options, options, prog="zoo embed FILE --model NAME", default=Options(recipe=base))
+    file = _words(words, "zoo embed FILE --model NAME", 1)[0]
+    if weights is None:
+        raise ZooError("zoo embed: wanted --model NAME: published weights, a run's folder or an exported one")
+    run(file, weights, chosen)
 
 
 def convert(arguments: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.data.readers import discover, read
-from zoo.data.recipes import Recipe
+from zoo.data.recipes import RECIPES, Recipe
 from zoo.data.recipes import recipe as recipe_called
 from zoo.data.signals import Processed, process
 from zoo.data.store import write_file
@@ -48,12 +48,13 @@ ENDINGS = (".npz", ".parquet")
 class Options:
     """A recording → features: `zoo embed FILE --model NAME [OPTIONS]`; FILE may be a folder or a sample's name too.
 
+    NAME is that of published weights (`zoo list`), a run's folder, an exported folder, or hf:owner/repository.
+
     Attributes:
-        model: published weights (`zoo list`), a run's folder, an exported folder, or hf:owner/repository
         out: file to write, .npz or .parquet; by default the recording's name with .npz, here
         window: length of a window in seconds; by default what the weights were trained on
         hop: seconds from one window to the next; by default a window
-        recipe: named recipe in place of the weights' own
+        recipe: start from a named recipe (--recipe NAME) in place of the weights' own, and replace fields of it
         channels: identity, or interpolate: spherical splines lead to the channels that the model wants
         tokens: write the tokens of every window too (.npz only)
         subject: index of the person, for models with a layer for each
@@ -61,11 +62,10 @@ class Options:
         batch_size: windows at a time
     """
 
-    model: str = ""
     out: Path | None = None
     window: float | None = None
     hop: float | None = None
-    recipe: str = ""
+    recipe: Recipe = RECIPES["raw"]
     channels: str = "identity"
     tokens: bool = False
     subject: int | None = None
@@ -138,19 +138,17 @@ class Embedding:
         parquet.write_table(table, sink)
 
 
-def run(file: str, chosen: Options) -> Embedding:
+def run(file: str, weights: Weights, chosen: Options) -> Embedding:
     """`zoo embed`: checks where it will write, embeds, writes and says what."""
     from zoo.run import find_source
 
-    if not chosen.model:
-        raise ZooError("zoo embed: wanted --model NAME: published weights, a run's folder or an exported one")
     out = chosen.out or Path(f"{Path(file).name.partition('.')[0]}.npz")
     check_ending(out, chosen.tokens)
     if out.exists():
         raise ZooError(f"{out}: exists; choose another file with --out")
     found = embed(
         find_source(file),
-        chosen.model,
+        weights,
         window=chosen.window,
         hop=chosen.hop,
         recipe=chosen.recipe,
@@ -183,14 +181,14 @@ def embed(
     """Features of the windows of a recording, or of all recordings of a folder, which must have the same channels.
 
     model  what `zoo.load` takes, or what `zoo.weights.load.load_weights` gave; the other arguments are those of
-           `Options`
+           `Options`; recipe may be a name, or `dataclasses.replace(recipe, sensor_names="nearest")` of one
 
     Raises ZooError: weights that are no encoder's, or lack their tokenizer; no recipe or no window known or given; a
     recording of another rate, of channels that the model does not take, naming those it wants, or too short.
     """
     weights = model if isinstance(model, Weights) else load_weights(model)
     encoder, variables = _encoder(weights, tokenizer)
-    steps = _recipe(weights, recipe)
+    steps = known_recipe(weights, recipe)
     seconds = window if window is not None else weights.window_seconds
     if seconds is None:
         raise ZooError(f"{weights.name}: no window is known that it was trained on; wanted one, in seconds (--window)")
@@ -261,7 +259,8 @@ def _encoder(weights: Weights, tokenizer: str | Path) -> tuple[Encoder, Variable
     return module, {**weights.variables, COLLECTION: load_weights(tokenizer).variables}
 
 
-def _recipe(weights: Weights, recipe: str | Recipe) -> Recipe:
+def known_recipe(weights: Weights, recipe: str | Recipe = "") -> Recipe:
+    """The recipe given, or of that name, or else the weights' own. Raises ZooError where there is none."""
     chosen = recipe_called(recipe) if isinstance(recipe, str) and recipe else recipe or weights.recipe
     if not isinstance(chosen, Recipe):
         raise ZooError(f"{weights.name}: no recipe is known that its recordings went through; name one (--recipe)")
