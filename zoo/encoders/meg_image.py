@@ -29,7 +29,7 @@ from zoo.encoders.simple_conv import MERGER_KEYS, MIX_KEYS, TRUNK_KEYS, brought_
 from zoo.errors import ZooError
 from zoo.layers.convolution import Convolution
 from zoo.layers.dilated import DilatedConvolutions
-from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias
+from zoo.layers.parameters import torch_linear
 from zoo.layers.spatial_attention import check_placed
 from zoo.registry import Card, register
 from zoo.types import AnyArray, Array, Encoded, Sensors
@@ -145,16 +145,12 @@ class MEGImage(Encoder):
         if self.aggregate == "mean":
             return x.mean(1)
         if self.aggregate == "linear":
-            return _torch_linear(1, self.samples, "aggregate")(x.swapaxes(1, 2))[..., 0]
+            return torch_linear(1, self.samples, "aggregate")(x.swapaxes(1, 2))[..., 0]
         if self.aggregate == "attention":
-            hidden = jnp.tanh(_torch_linear(ATTENTION_FEATURES, self.outputs, "attend_in")(x))
-            scores = _torch_linear(1, ATTENTION_FEATURES, "attend_out")(hidden)
+            hidden = jnp.tanh(torch_linear(ATTENTION_FEATURES, self.outputs, "attend_in")(x))
+            scores = torch_linear(1, ATTENTION_FEATURES, "attend_out")(hidden)
             return jnp.einsum("bto,btd->bd", jax.nn.softmax(scores, axis=1), x)
         raise ZooError(f"MEGImage aggregate: got {self.aggregate!r}, wanted {', '.join(AGGREGATIONS)}")
-
-
-def _torch_linear(features: int, inputs: int, name: str) -> nn.Dense:
-    return dense(features, (None, None), bias=True, init=LIKE_TORCH, bias_init=like_torch_bias(inputs), name=name)
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from zoo.errors import ZooError
 from zoo.layers.convolution import Convolution
-from zoo.layers.parameters import partitioned
+from zoo.layers.temporal_filters import batch_norm
 from zoo.types import Array
 
 
@@ -52,7 +52,7 @@ class DilatedConvolutions(nn.Module):
                 width, (self.kernel,), dilations=dilations, paddings="same", dtype=self.dtype, name=f"convolution{k}"
             )(x)
             if k + 1 < self.depth or not self.outputs:
-                y = jax.nn.gelu(batch_norm(train, self.dtype, f"norm{k}")(y), approximate=False)
+                y = jax.nn.gelu(batch_norm(train, 1e-5, name=f"norm{k}")(y), approximate=False)
                 y = nn.Dropout(self.dropout)(y, deterministic=not train)
             x = x + y if x.shape == y.shape else y
             if self._gated(k):
@@ -77,16 +77,3 @@ class DilatedConvolutions(nn.Module):
 
     def _gated(self, layer: int) -> bool:
         return self.gate_every > 0 and (layer + 1) % self.gate_every == 0
-
-
-def batch_norm(train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
-    """As PyTorch's: its epsilon and its momentum."""
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=dtype,
-        scale_init=partitioned(nn.initializers.ones, None),
-        bias_init=partitioned(nn.initializers.zeros, None),
-        name=name,
-    )
