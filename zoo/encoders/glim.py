@@ -314,7 +314,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
         53_907,
         "trained on a toy with a stand-in language model: retrieval, free generation, noise",
     ),
-    "glim_base": ({}, 10_146_435, "parity: tokens within 1e-5 of the authors' code, random weights"),
+    "glim_base": ({}, 10_146_435, "counts of the paper; parity in small: vectors within 1e-5 of the authors' code"),
 }
 """Options, parameters (encoder and prompt tables), evidence. base has the paper's sizes."""
 

@@ -190,11 +190,10 @@ def language_loss(logits: Float[Array, "B L V"], ids: Int[Array, "B L"]) -> Floa
 
 
 def noise_for(key: Key[Array, ""], batch: Batch) -> Batch:
-    """The batch with noise in place of EEG, each channel with its own mean and deviation: what is still read of it, the
-    language model made up."""
+    """The batch with noise in place of EEG, of the whole batch's mean and deviation in every channel of every example:
+    what is still read of it, the language model made up."""
     signal = jnp.asarray(batch["signal"], jnp.float32)
-    noise = jax.random.normal(key, signal.shape) * signal.std(-1, keepdims=True) + signal.mean(-1, keepdims=True)
-    return {**batch, "signal": noise}
+    return {**batch, "signal": signal.mean() + signal.std() * jax.random.normal(key, signal.shape)}
 
 
 def _given(batch: Batch) -> tuple[Any, ...]:
