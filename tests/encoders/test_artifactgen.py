@@ -17,13 +17,11 @@ from quick import compiled, run
 
 import zoo
 from zoo.errors import ZooError
+from zoo.evaluate.generated import class_spectra, median_distance, mmd
 from zoo.objectives.artifactgen import (
     ArtifactDiffusion,
     ArtifactGAN,
     Generator,
-    class_spectra,
-    median_distance,
-    mmd,
 )
 from zoo.train.config import Optimizer
 
