@@ -96,6 +96,14 @@ CASES = (
         wrong_windows=((80, "windows of 160 samples, got 80"),),
     ),
     Case(
+        "reve_mini",
+        3,
+        80,
+        {"dim": 16, "patch": 40, "hop": 40},
+        patch=40,
+        wrong_windows=((30, "patches of 40 samples, got 30 samples"),),
+    ),
+    Case(
         "rbtransformer_tiny",
         4,
         80,
