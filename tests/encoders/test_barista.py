@@ -140,3 +140,14 @@ def test_it_pretrains_against_a_slow_average():
     before = variables["target"]["params"]["out"]["kernel"].unbox()
     np.testing.assert_allclose(new["target"]["params"]["out"]["kernel"].unbox() - before, 0.004 * 0.1, atol=1e-6)
     assert new["target"]["step"] == 1
+
+
+@pytest.mark.slow
+def test_the_published_sum_weighs_every_token_of_a_montage():
+    encoder = zoo.create("barista_tiny", **SMALL, weights=6)
+    signal, sensors = recording()
+    variables = jax.jit(encoder.init, compiler_options=QUICK)(jax.random.key(0), signal, sensors)
+    out = jax.jit(encoder.apply, compiler_options=QUICK)(variables, signal, sensors)
+    params = jax.tree.map(np.asarray, {name: variables["params"][name].unbox() for name in ("weight", "shift")})
+    wanted = np.einsum("bnd,n->bd", out.tokens, params["weight"][:, 0]) + params["shift"]
+    np.testing.assert_allclose(out.pooled, wanted, atol=1e-5)
