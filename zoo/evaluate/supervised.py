@@ -61,7 +61,8 @@ class SupervisedEstimator:
         dropout: before the classifier, besides its own
         balanced: whether classes weigh the same, however many rows they have
         time_shift: largest shift of a training row, seconds; what leaves at one end is zero at the other
-        channel_dropout: share of the channels of a training row that are silenced
+        channel_dropout: share of the channels of a training row that are silenced; the others grow by 1 / (1 − share),
+            so that sums over channels, and statistics of them, are those of whole rows
         noise: deviation of the noise added to a training row, in deviations of the row's channels
         standardise: "channel": mean 0 and deviation 1 of each channel over the training rows; "all": one mean and
             deviation for all of them; "none": as given
@@ -346,5 +347,6 @@ def _augmented(key: Any, signal: Any, shift: int, channel_dropout: float, noise:
         cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, signal.shape[-1], axis=-1))
         signal = cut(padded, first)
     if channel_dropout:
-        signal = jnp.where(jax.random.uniform(hiding, (*signal.shape[:2], 1)) < channel_dropout, 0, signal)
+        hidden = jax.random.uniform(hiding, (*signal.shape[:2], 1)) < channel_dropout
+        signal = jnp.where(hidden, 0, signal / (1 - channel_dropout))
     return signal
