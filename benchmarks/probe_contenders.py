@@ -43,10 +43,10 @@ class Contender:
 
 
 SECOND = (-0.2, 0.8)
-SETTINGS = {"epochs": 20, "learning_rate": 2e-3, "channel_dropout": 0.3}
+SETTINGS = {"epochs": 16, "learning_rate": 2e-3, "channel_dropout": 0.3}
 EEGNET = {"filters": 8, "width": 32, "late_width": 8, "pools": (2, 4), "dropout": 0.5}
 """EEGNet for 64 Hz: its widths and pools in seconds are the paper's at 128 Hz."""
-WIDE = {**EEGNET, "filters": 16}
+WIDE = {**EEGNET, "filters": 32}
 
 CONTENDERS: Mapping[str, Contender] = {
     "shrinkage LDA": Contender("", RATE_HZ),
