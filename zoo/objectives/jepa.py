@@ -32,7 +32,7 @@ class Jepa:
     Attributes:
         model: registered encoder that hides patches
         options: replacements for its options
-        steps: of the run, over which the average slows down; as `train.steps`
+        steps: over which the average slows down: `train.steps` times `train.accumulate`
         momentum: of the average, at first and at the end
         width: hidden features of the predictor, in D
         normalised: whether targets are layer-normalised
