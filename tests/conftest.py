@@ -29,12 +29,12 @@ def faces_eeg() -> Path:
 
 THINNED = frozenset((Path(__file__).parent / "thinned.txt").read_text().split())
 """Test functions with many long cases."""
-SHARE = 5
+SHARE = 8
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The default run takes every fifth case of a function in thinned.txt, `-m slow` the others.
+    """The default run takes every eighth case of a function in thinned.txt, `-m slow` the others.
 
     Whole training runs begin first: they stay on one worker, which would else be the last to end.
     """

@@ -331,6 +331,12 @@ SLOW: tuple[str, ...] = (
     "barista_tiny",
     "neurocog_text_tiny",
     "neurobolt_tiny",
+    "reve_mini",
+    "geometric_tiny",
+    "rbtransformer_tiny",
+    "eegpt_tiny",
+    "du_in_encoder_tiny",
+    "eeg_conformer_tiny",
 )
 """Cases that the default run leaves to `-m slow`: what they are made of is in the others."""
 # A case's tests share what was compiled, so they stay on one worker.

@@ -109,6 +109,7 @@ def test_without_mapping_and_at_an_even_gate_it_is_block_attention():
     close(run(mixer, {"params": own}, x)[0], wanted)
 
 
+@pytest.mark.slow
 def test_prefix_gram_hides_later_text():
     mixer = Duplex(DIM, heads=HEADS, modalities=(5,), causal=False, autoregressive=(1,))
     variables, x = drawn(mixer), tokens()

@@ -44,6 +44,7 @@ def branch(variables, n):
     }
 
 
+@pytest.mark.slow
 def test_branches_of_native_sparse_attention_are_dense_and_window_attention():
     mixer = NativeSparse(32, **BLOCKS, window=5)
     x = tokens(0, 2, TIME, 32)

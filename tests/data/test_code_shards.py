@@ -187,6 +187,7 @@ def patches(prepared: Path, trained: Chosen, tmp_path_factory: pytest.TempPathFa
     return out
 
 
+@pytest.mark.slow
 def test_rebuilt_signals_are_the_tokenizers_in_the_units_of_the_dataset(patches, source, trained, tmp_path, capsys):
     codes = CodeDataset.open(patches)
     assert (codes.run, codes.step, codes.hop, codes.code_sizes) == ("runs/patches", 7, 10.0, (300,) * 3)

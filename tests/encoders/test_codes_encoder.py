@@ -198,6 +198,7 @@ def test_eight_devices_give_what_one_does(both):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), eight, one)
 
 
+@pytest.mark.slow
 def test_with_a_tokenizer_it_reads_signals():
     tokenizer = create("quantile", vocabulary=5)
     signal = np.random.default_rng(0).normal(size=(2, 3, FRAMES)).astype(np.float32)

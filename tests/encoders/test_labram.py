@@ -346,6 +346,7 @@ def test_bfloat16_is_close(values: Any) -> None:
         assert np.sqrt(np.mean(np.square(error))) < 0.05 * np.std(other)
 
 
+@pytest.mark.slow
 def test_drop_path_drops_or_doubles_whole_branches_of_single_examples(values: Any) -> None:
     """Rates 0 and ½ over two layers: each example is one of four networks, the second layer's branches times 0 or 2."""
     module = LaBraM(**SMALL, drop_path=0.5)
@@ -399,6 +400,7 @@ def test_every_parameter_has_logical_axes(small: LaBraM) -> None:
     }
 
 
+@pytest.mark.slow
 def test_initial_values(small: LaBraM) -> None:
     """Projections into the residual stream start smaller by √(2l) in layer l, residual scales at `layer_scale`."""
     blocks = nn.meta.unbox(jax.jit(small.init)(jax.random.key(0), *small.example()))["params"]["blocks"]

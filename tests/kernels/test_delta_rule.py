@@ -168,6 +168,7 @@ def test_split_in_two_hands_the_state_over(gate):
     assert_equal(pull(partial(delta_rule, chunk_size=16), arrays), pull(halves, arrays), 5e-6)
 
 
+@pytest.mark.slow
 def test_packed_equals_separate():
     arrays, ids = make("token"), segments()
     out, final = run(arrays, segment_ids=ids, chunk_size=16)

@@ -118,6 +118,7 @@ def test_weak_gates_after_strong_ones_keep_their_digits():
     assert np.max(np.abs(got - exact)) < 1e-6 * np.max(np.abs(exact))
 
 
+@pytest.mark.slow
 def test_chunk_size_does_not_matter():
     arrays = make("channel", time=70)
     small, large = (pull(partial(linear_attention, chunk_size=size, implementation="xla"), arrays) for size in (8, 128))

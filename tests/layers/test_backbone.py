@@ -56,6 +56,7 @@ def test_every_layer_has_parameters_of_its_own_and_axes_with_names():
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_layers_apart_equal_layers_scanned():
     scanned, variables = stack("linear", "softmax", "linear", "softmax")
     apart = scanned.clone(scan=False)
@@ -93,6 +94,7 @@ def test_recomputation_changes_nothing_but_memory(remat, scan):
     assert "remat" in str(jax.make_jaxpr(jax.grad(lambda v: jnp.sum(again.apply(v, x))))(variables))
 
 
+@pytest.mark.slow
 def test_drop_path_grows_with_depth_and_keeps_the_mean():
     branch = jnp.ones((4000, 3))
     dropped = drop_path(branch, 0.25, jax.random.key(0))

@@ -60,6 +60,7 @@ def test_tokens_that_are_not_there_are_as_if_never_given(made):
     np.testing.assert_allclose(seen[1], jax.jit(model.apply)(variables, x)[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_training_drops(made):
     model, variables, x = made
     given = model.apply(variables, jax.numpy.asarray(x), train=True, rngs={"dropout": jax.random.key(1)})

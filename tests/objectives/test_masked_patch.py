@@ -177,6 +177,7 @@ def test_r2_of_a_perfect_prediction_is_one(variables: Any) -> None:
     np.testing.assert_allclose(zero["waveform_r2"], 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_reconstruct_leaves_visible_patches_untouched(variables: Any) -> None:
     batch = make_batch()
     rebuilt = np.asarray(TASK.reconstruct(variables, batch))
@@ -284,6 +285,7 @@ def test_check_sensors_asks_the_encoder() -> None:
         TASK.check_sensors((*NAMES, "MEG0111"))
 
 
+@pytest.mark.slow
 def test_it_learns_a_wave_that_all_channels_share() -> None:
     """A 3 Hz rhythm of random phase, one amplitude an electrode: what is hidden in one patch is seen in others.
 

@@ -99,6 +99,7 @@ def test_the_loss_is_the_weighed_sum_of_what_the_tokenizer_computes(task):
     assert chosen.flops(given) == BATCH * chosen.module().flops(CHANNELS, SAMPLES) > 0
 
 
+@pytest.mark.slow
 def test_perplexity_and_live_share_count_each_codebook_alone():
     codes = np.array([[[0, 0], [1, 0], [2, 0], [3, 0], [-1, -1]]])  # four codes alike of 8; one code of 2
     perplexity, live = code_health(codes, (8, 2))

@@ -73,6 +73,7 @@ def test_equals_the_kalman_filter_where_that_is_exact(validity: str):
         np.testing.assert_allclose(moved.mean, wanted_mean + shift, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_regression_that_knows_nothing_leaves_the_prediction():
     with jax.enable_x64(True):
         # Of no information: mean 0 and covariance V, but for the first, which is known to within a hundredth.
@@ -129,6 +130,7 @@ def test_segments_start_anew_and_do_not_teach_each_other():
     np.testing.assert_allclose(fitted.noise, errors.T @ errors / 28, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_fit_recovers_the_dynamics_and_helps_the_regression():
     z, x = simulated(4000)
     train, test = slice(0, 3000), slice(3000, 4000)

@@ -137,6 +137,7 @@ def test_no_step_of_em_lowers_the_objective(prior: str):
     assert objective[-1] - objective[0] > 5
 
 
+@pytest.mark.slow
 def test_one_state_is_a_glm():
     """With one state and a prior that says nothing, EM ends where Poisson regressions of each neuron end."""
     spikes = np.random.default_rng(5).poisson(0.7, (1, 80, 2)).astype(float)

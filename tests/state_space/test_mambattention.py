@@ -63,6 +63,7 @@ def both_ways(p: Any, x: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=-1) @ p["join"]["kernel"] + p["join"]["bias"] + x
 
 
+@pytest.mark.slow
 def test_the_block_is_its_definition(variables: Any):
     times, frequencies = GRID
     x = normal(9, BATCH, times * frequencies, DIM)

@@ -100,6 +100,7 @@ def test_units_do_not_matter_when_floors_are_in_them(variables):
     np.testing.assert_allclose(a.reconstruction * 1e6, b.reconstruction, rtol=1e-3, atol=1e-5 * 1e-5)
 
 
+@pytest.mark.slow
 def test_unknown_places_are_refused_and_otherwise_left_out(variables):
     tokenizer = BrainTokenizer(**SMALL)
     signal, sensors = recording()

@@ -83,6 +83,7 @@ def test_fewer_channels_are_the_first_of_all(made):
     assert few.losses["waveform"] == pytest.approx(float(all_.losses["waveform"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_patch_is_embedded_alone(made):
     tokenizer, variables = made
     signal = np.random.default_rng(3).standard_normal((1, 3, 40)).astype(np.float32)

@@ -36,6 +36,7 @@ def test_five_seconds_are_nine_frames(samples, count):
     assert zoo.create("tfm_base").grid(3, samples) == (3, count)
 
 
+@pytest.mark.slow
 def test_a_motif_has_its_codes_wherever_it_begins(made):
     tokenizer, variables = made
     motif = np.random.default_rng(0).standard_normal(30).astype(np.float32)

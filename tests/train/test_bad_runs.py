@@ -120,11 +120,13 @@ def test_a_run_that_is_there_and_not_to_be_resumed(refused, straight, folder):
     assert "runs/small already holds a run at step 20; take another --name, or remove it" in refused("--no-resume")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint(refused, straight, folder):
     go_on_elsewhere(straight, folder, 0)
     assert "runs/small: the run has no finished checkpoint" in refused(command=("evaluate", "runs/small"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(folder, cache):
     text = CONFIG.replace("learning_rate=2e-3", "learning_rate=1e30, clip_norm=0.0")
     (folder / "small.py").write_text(text)

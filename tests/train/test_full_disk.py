@@ -34,6 +34,7 @@ def test_preparing(recordings, folder, cache, small_disk):
     assert [each.name for each in out.rglob("*") if each.is_file()] == ["recipe.json"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint(folder, cache, straight, small_disk):
     size = sum(each.stat().st_size for each in (straight / "runs/small/checkpoints/20").rglob("*"))
     disk = small_disk(round(1.6 * size / 1024))

@@ -44,6 +44,7 @@ def test_a_moved_run_is_evaluated_where_it_is(moved):
     assert not (moved.parent / "runs").exists()
 
 
+@pytest.mark.slow
 def test_it_gives_the_pooled_features_of_the_run_with_averaged_weights(moved, windows, monkeypatch):
     monkeypatch.chdir(moved.parent)
     module, variables = zoo.load(moved)

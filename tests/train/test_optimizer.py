@@ -105,6 +105,7 @@ def test_lion_moves_everything_by_the_rate(params, gradient):
     assert all(bool((jnp.abs(leaf) == 1.0).all()) for leaf in jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
 def test_every_rule_learns(name):
     _, figures = run(toy_program(optimizer={"name": name, "learning_rate": 0.02}), 20)

@@ -59,6 +59,7 @@ def test_what_eight_devices_wrote_goes_on_with_fewer(mesh, eight, folder, cache,
     assert_same_curve(metrics(folder), metrics(straight))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_device(pair, straight):
     assert_same_curve(metrics(pair), metrics(straight))
 

@@ -83,6 +83,11 @@ class CodeEncoder(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
+    @property
+    def features(self) -> int:
+        """D of its pooled vector."""
+        return self.dim
+
     def setup(self) -> None:
         for name, options in (("place", PLACES), ("time", TIMES)):
             if getattr(self, name) not in options:
