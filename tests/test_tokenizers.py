@@ -120,8 +120,16 @@ CASES = (
 )
 
 
-SLOW = ("dewave_word_tiny", "dewave_raw_tiny", "quantile")
-"""Cases that the default run leaves to `-m slow`: transformers and levels like those of the others."""
+SLOW = (
+    "neurorvq_tiny",
+    "tfm_tiny",
+    "du_in_tiny",
+    "ephys_tokenizer_tiny",
+    "dewave_word_tiny",
+    "dewave_raw_tiny",
+    "quantile",
+)
+"""Cases that the default run leaves to `-m slow`."""
 # A case's tests share what was compiled, so they stay on one worker.
 GROUPED = [
     pytest.param(
