@@ -6,7 +6,6 @@ For the first, BRAIN_ZOO_PEERS names a folder with a copy of github.com/wjq-lear
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from electrodes import electrodes
+from peer_modules import peer_module
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the peers")
 
@@ -30,16 +30,13 @@ SIGNAL = np.random.default_rng(0).normal(size=(2, CHANNELS, 200 * PATCHES)).asty
 BLOCKS = 2 + 3 * 4 + 2 + DEPTH * 16
 
 
-def official() -> Any:
+def official(module: str) -> Any:
     if "BRAIN_ZOO_PEERS" not in os.environ:
         pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with CBraMod")
     root = Path(os.environ["BRAIN_ZOO_PEERS"]) / "CBraMod"
     if not root.exists():
         pytest.skip("no CBraMod in BRAIN_ZOO_PEERS")
-    sys.path.insert(0, str(root))
-    import models.model_for_tuev as module
-
-    return module
+    return peer_module(root, module)
 
 
 def drawn(model: Any) -> Any:
@@ -71,7 +68,7 @@ def close(ours: Any, theirs: Any, name: str) -> None:
 
 @pytest.mark.parametrize("classifier", ["all_patch_reps", "avgpooling_patch_reps"])
 def test_the_fine_tuned_model_is_the_authors(classifier: str) -> None:
-    module = official()
+    module = official("models.model_for_tuev")
     param = SimpleNamespace(use_pretrained_weights=False, classifier=classifier, num_of_classes=CLASSES, dropout=0.1)
     model = module.Model(param)
     del model.backbone.encoder.layers[DEPTH:]
@@ -95,10 +92,7 @@ def test_the_fine_tuned_model_is_the_authors(classifier: str) -> None:
 
 
 def test_the_pretrained_model_is_the_authors_where_patches_are_hidden() -> None:
-    official()
-    from models.cbramod import CBraMod
-
-    model = drawn(CBraMod(n_layer=DEPTH))
+    model = drawn(official("models.cbramod").CBraMod(n_layer=DEPTH))
     encoder = zoo.create("cbramod_base", channels=CHANNELS, depth=DEPTH)
     variables, count = carried(KEYS, arrays(model), encoder, SIGNAL, SENSORS)
     assert count == BLOCKS

@@ -6,9 +6,7 @@ linear-attention-transformer).
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from electrodes import electrodes
+from peer_modules import peer_module
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
 pytest.importorskip("linear_attention_transformer", reason="the package that their layers are of")
@@ -37,16 +36,7 @@ DEPTH, REGIONS = 1, 3
 
 
 def official() -> Any:
-    """Their package is called `models`, as another peer's is."""
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "models"}
-    sys.path.insert(0, str(ROOT))
-    try:
-        return importlib.import_module("models.model")
-    finally:
-        sys.path.remove(str(ROOT))
-        for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
-            del sys.modules[name]
-        sys.modules.update(others)
+    return peer_module(ROOT, "models.model")
 
 
 def test_the_whole_model_is_the_authors_and_has_their_count() -> None:
