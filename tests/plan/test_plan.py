@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +154,15 @@ def test_the_compilers_complaint_is_read() -> None:
 """
     assert _buffers(text) == ["8.00G  jit(step)/dot_general  model.py:31", "3.10G  unnamed"]
     assert Memory(1, 2, 0, 0, 0, 0, 3, None).limit is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("7x:2x2x1", 8)])
+def test_devices_are_chips_but_for_7x_whose_halves_the_table_has(name: str, devices: int) -> None:
+    pytest.importorskip("libtpu", reason="the compiler that says how many devices a chip is")
+    program = "import sys; from zoo.plan.target import *; prepare(); print(len(target(sys.argv[1]).devices))"
+    said = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True, check=True).stdout
+    assert int(said) == devices
+    sheet = {"v4": 32, "v5e": 16, "v5p": 95, "7x": 192}
+    which = name.partition(":")[0]
+    assert CHIPS[which].memory * devices == 4 * sheet[which] * 2**30

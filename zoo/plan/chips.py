@@ -41,7 +41,7 @@ _TABLE = (
     Chip("v5e", 16 * _GIB, 197e12, 0.819e12, 100e9, 3.125e9, ("TPU v5 lite", "TPU v5e"), 8),
     Chip("v5p", 95 * _GIB, 459e12, 2.765e12, 300e9, 6.25e9, ("TPU v5", "TPU v5p"), 4),
     Chip("v6e", 32 * _GIB, 918e12, 1.640e12, 224e9, 6.25e9, ("TPU v6 lite", "TPU v6e"), 8),
-    # A 7x chip is two devices.
+    # A 7x chip is two devices: half of the data sheet each.
     Chip("7x", 96 * _GIB, 1153.5e12, 3.690e12, 300e9, 6.25e9, ("TPU7x", "TPU v7x"), 8),
     Chip("a100", 80e9, 312e12, 2.039e12, 300e9, 25e9, ("NVIDIA A100-SXM4-80GB",), 8),
     Chip("h100", 80e9, 989e12, 3.350e12, 450e9, 50e9, ("NVIDIA H100 80GB HBM3",), 8),

@@ -70,8 +70,10 @@ def target(name: str, slices: int = 1) -> Target:
     from jax.experimental import topologies
 
     prefix = "tpu7x" if which == "7x" else which
+    # The two cores of a v4 chip run as one device, but only where the compiler is told.
+    whole = {"chip_config_name": "megacore"} if which == "v4" else {}
     try:
-        made = topologies.get_topology_desc(f"{prefix}:{shape}", platform="tpu", num_slices=slices)
+        made = topologies.get_topology_desc(f"{prefix}:{shape}", platform="tpu", num_slices=slices, **whole)
     except Exception as error:  # libtpu has its own exceptions for shapes it does not have
         raise ZooError(f"--target {name}: this libtpu does not compile for it: {error}") from None
     devices = sorted(made.devices, key=lambda device: getattr(device, "slice_index", 0))
