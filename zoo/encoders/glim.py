@@ -26,7 +26,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from zoo.encoders.encoder import Encoder, blank
+from zoo.encoders.encoder import blank
+from zoo.encoders.windowed import OneMontage
 from zoo.errors import ZooError
 from zoo.layers.multi_head import MultiHead, multi_head_flops
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, norm, partitioned
@@ -39,7 +40,7 @@ PROMPTS = (3, 3, 31)
 """Rows for tasks (unknown, natural reading, task-specific reading), datasets and people."""
 
 
-class GLIM(Encoder):
+class GLIM(OneMontage):
     """The encoder.
 
     channels  names of the electrodes, or how many; the features of the first layers
@@ -68,17 +69,11 @@ class GLIM(Encoder):
     dtype: DTypeLike = jnp.float32
 
     TAKES: ClassVar[tuple[str, ...]] = ("eeg",)
-    ORDER_FREE: ClassVar[bool] = False
 
     @property
     def sampling_rate(self) -> float:
         """Hz."""
         return self.rate
-
-    @property
-    def montage(self) -> int | tuple[str, ...]:
-        """Its electrodes."""
-        return self.channels
 
     @property
     def features(self) -> int:

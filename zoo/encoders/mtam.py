@@ -23,7 +23,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from zoo.encoders.encoder import Encoder, blank
+from zoo.encoders.encoder import blank
+from zoo.encoders.windowed import OneMontage
 from zoo.errors import ZooError
 from zoo.layers.convolution import Convolution
 from zoo.layers.multi_head import MultiHead, multi_head_flops
@@ -49,7 +50,7 @@ NEUROSKY = (
 """Delta, the lower and upper of alpha, beta and gamma, and theta last, in Hz, as the headset of K-EmoCon has them."""
 
 
-class MTAM(Encoder):
+class MTAM(OneMontage):
     """The tower of EEG.
 
     channels  names of the electrodes, or how many
@@ -74,17 +75,11 @@ class MTAM(Encoder):
     dropout: float = 0.3
 
     TAKES: ClassVar[tuple[str, ...]] = ("eeg",)
-    ORDER_FREE: ClassVar[bool] = False
 
     @property
     def sampling_rate(self) -> float:
         """Hz."""
         return self.rate
-
-    @property
-    def montage(self) -> int | tuple[str, ...]:
-        """Its electrodes."""
-        return self.channels
 
     @property
     def features(self) -> int:

@@ -23,7 +23,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from zoo.encoders.encoder import Encoder, blank
+from zoo.encoders.encoder import blank
+from zoo.encoders.windowed import OneMontage
 from zoo.errors import ZooError
 from zoo.layers.multi_head import MultiHead, multi_head_flops
 from zoo.layers.parameters import LIKE_TORCH, dense, like_torch_bias, norm, partitioned
@@ -38,7 +39,7 @@ SILENCE = 1e-6
 """Least variance of a band, as a share of the channel's: what is below counts as this much."""
 
 
-class RBTransformer(Encoder):
+class RBTransformer(OneMontage):
     """The encoder.
 
     channels      names of the electrodes in the table's order, or how many
@@ -65,17 +66,11 @@ class RBTransformer(Encoder):
     dtype: DTypeLike = jnp.float32
 
     TAKES: ClassVar[tuple[str, ...]] = ("eeg",)
-    ORDER_FREE: ClassVar[bool] = False
 
     @property
     def sampling_rate(self) -> float:
         """Hz."""
         return self.rate
-
-    @property
-    def montage(self) -> int | tuple[str, ...]:
-        """The electrodes of its table."""
-        return self.channels
 
     @property
     def features(self) -> int:

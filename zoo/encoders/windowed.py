@@ -1,4 +1,4 @@
-"""What encoders of one montage and one window length share."""
+"""What encoders of one montage share, and those of one window length besides."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from zoo.layers.parameters import partitioned
 from zoo.types import AnyArray, Array, Encoded, Sensors
 
 
-class Windowed(Encoder):
-    """An encoder of `channels`, in their order, and `samples`; it hides no tokens.
+class OneMontage(Encoder):
+    """An encoder of `channels`, in their order.
 
     channels   canonical names, or their number where they have none
-    samples    T of its windows
     """
 
     channels: int | tuple[str, ...] = 22
-    samples: int = 1000
 
     ORDER_FREE = False
 
@@ -33,6 +31,15 @@ class Windowed(Encoder):
     def count(self) -> int:
         """C, how many they are."""
         return self.channels if isinstance(self.channels, int) else len(self.channels)
+
+
+class Windowed(OneMontage):
+    """An encoder of one montage and of `samples`; it hides no tokens.
+
+    samples    T of its windows
+    """
+
+    samples: int = 1000
 
     @nn.nowrap
     def example(self) -> tuple[Array, Sensors]:
