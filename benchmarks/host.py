@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ import jax
 import jax.numpy as jnp
 import mne
 import numpy as np
+
+# Before this file's own folder, in which `kernels` would be this folder's file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from zoo.data.loader import Loader
 from zoo.data.prepare import prepare

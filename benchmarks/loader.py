@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,6 +24,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+# Before this file's own folder, in which `kernels` would be this folder's file.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from zoo.data.prepare import prepare
 from zoo.data.store import Dataset
