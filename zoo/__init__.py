@@ -1,6 +1,7 @@
 """Brain Zoo: any brain signal, any tokenizer, any encoder, one sharded training loop.
 
-The face is `create`, `load`, `export` and `list_models`; everything else is imported from its room.
+The face is `create`, `load`, `export` and `list_models`, and `nnx` and `variables` for those who write NNX; everything
+else is imported from its room.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ if getattr(kernels, "DISTRIBUTION", None) != "brain-zoo":
     )
 
 if TYPE_CHECKING:
+    from zoo.bridge import nnx, variables
     from zoo.registry import create, list_models, load
     from zoo.weights.folder import export
     from zoo.weights.load import load_head
 
-__all__ = ["__version__", "create", "export", "list_models", "load", "load_head"]
+__all__ = ["__version__", "create", "export", "list_models", "load", "load_head", "nnx", "variables"]
 
 _FACE = {
     "create": "zoo.registry",
@@ -31,6 +33,8 @@ _FACE = {
     "list_models": "zoo.registry",
     "export": "zoo.weights.folder",
     "load_head": "zoo.weights.load",
+    "nnx": "zoo.bridge",
+    "variables": "zoo.bridge",
 }
 
 
