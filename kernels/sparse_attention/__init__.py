@@ -181,6 +181,36 @@ def sparse_attention_step(
     return reference.attend(q[:, None], read(k), read(v), seen[:, :, None], scale=scale, dtype=dtype)[0][:, 0]
 
 
+def attend_piece(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend` without its gradients: to one of several sets of keys, by whoever merges them."""
+    choice, arrays = _prepared("attend_piece", q, k, v, mask, scale, segment_ids, implementation)
+    return choice.run(_outputs, *arrays)
+
+
+def piece_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *of_queries: jax.Array,
+    scale: float | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What one set adds to d_q, and its d_k, d_v; `of_queries`: out and log_normalizer of all, cotangents of both."""
+    choice, arrays = _prepared("piece_gradients", q, k, v, mask, scale, segment_ids, implementation)
+    return choice.run(_gradients, *arrays, *of_queries)
+
+
 def _attend_checked(
     op: str,
     q: jax.Array,
@@ -191,25 +221,43 @@ def _attend_checked(
     segment_ids: SegmentIds | None,
     implementation: str | None,
 ) -> tuple[jax.Array, jax.Array]:
+    if implementation != "reference":
+        choice, arrays = _prepared(op, q, k, v, mask, scale, segment_ids, implementation)
+        return _attend(choice, *arrays)
     sizes = _sizes(op, {"q": (q, "B Tq H K"), "k": (k, "B Tk G K"), "v": (v, "B Tk G V")})
     q_ids, k_ids = _ids(op, segment_ids, sizes)
     time_q, time_k, heads = sizes["Tq"], sizes["Tk"], sizes["H"]
+    visible = _by_head(op, mask, sizes, time_q, time_k, heads).dense(time_q, time_k)
+    if q_ids is not None and k_ids is not None:
+        visible = visible & (q_ids[:, None, :, None] == k_ids[:, None, None, :])
+    dtype, _ = compute_dtype(q, k, v)
     scale = float(sizes["K"] ** -0.5 if scale is None else scale)
-    if implementation == "reference":
-        visible = _by_head(op, mask, sizes, time_q, time_k, heads).dense(time_q, time_k)
-        if q_ids is not None and k_ids is not None:
-            visible = visible & (q_ids[:, None, :, None] == k_ids[:, None, None, :])
-        dtype, _ = compute_dtype(q, k, v)
-        return reference.attend(q, k, v, visible, scale=scale, dtype=dtype)
+    return reference.attend(q, k, v, visible, scale=scale, dtype=dtype)
 
+
+def _prepared(
+    op: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: float | None,
+    segment_ids: SegmentIds | None,
+    implementation: str | None,
+) -> tuple["_Choice", tuple[Any, ...]]:
+    """The arguments of `_attend`, checked."""
+    sizes = _sizes(op, {"q": (q, "B Tq H K"), "k": (k, "B Tk G K"), "v": (v, "B Tk G V")})
+    q_ids, k_ids = _ids(op, segment_ids, sizes)
+    heads = sizes["H"]
     listed = heads if any(_map_heads(leaf) == heads for leaf in maps(mask)) else sizes["G"]
-    mask = _by_head(op, mask, sizes, time_q, time_k, listed)
+    mask = _by_head(op, mask, sizes, sizes["Tq"], sizes["Tk"], listed)
     k, v = (jnp.repeat(x, listed // sizes["G"], axis=2) for x in (k, v))
+    scale = float(sizes["K"] ** -0.5 if scale is None else scale)
     forms = tuple(module.form(scale, mask, q, k, v, segments=q_ids is not None) for module in FORMS)
     lists = tuple(tiles(form, mask, q_ids, k_ids) for form in forms)
     refusal = tpu.refusal(forms[1], q, k, v, *lists[1])
     dispatch.check_implementation(op, implementation, refusal)
-    return _attend(_Choice(implementation, refusal, forms), q, k, v, q_ids, k_ids, lists)
+    return _Choice(implementation, refusal, forms), (q, k, v, q_ids, k_ids, lists)
 
 
 @dataclass(frozen=True)
