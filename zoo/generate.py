@@ -67,7 +67,7 @@ def generate(run: Path, out: Path, options: Options = Options()) -> Mapping[str,
     from zoo.encoders.decoding import TopP
     from zoo.objectives.next_code import NextCode
     from zoo.objectives.over_codes import COLLECTION
-    from zoo.run import make_loader, open_data, trained_parameters
+    from zoo.run import make_loader, open_dataset, trained_parameters
 
     config, params, collections = trained_parameters(run, options.step)
     task: Any = config.task
@@ -76,7 +76,7 @@ def generate(run: Path, out: Path, options: Options = Options()) -> Mapping[str,
     if options.examples < 1 or options.frames < 0 or options.prompt_frames < 0:
         raise ZooError("examples: wanted 1 or more; frames and prompt_frames: wanted 0 or more")
     sampler = TopP(options.top_p, options.temperature, options.top_k)
-    dataset = open_data(config)
+    dataset = open_dataset(config)
     data = dataclasses.replace(config.data, batch_size=options.examples, mask_patch=0)
     part = "validation" if len(dataset.splits.get("validation", ())) else "train"
     loader = make_loader(dataclasses.replace(config, data=data), dataset, part, range(options.examples), 0)

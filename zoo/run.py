@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from zoo.data.loader import Loader
+    from zoo.data.paired import PairedDataset, PairedLoader
     from zoo.data.store import Dataset
     from zoo.data.windows import Windows
     from zoo.evaluate.probe import ProbeResult
@@ -58,12 +59,8 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
     mesh = make_mesh(config.mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     dataset = open_data(config)
-    loader = make_loader(config, dataset, "train", place.rows, config.data.channels)
-    validation = (
-        make_loader(config, dataset, "validation", place.rows, config.data.channels)
-        if config.train.validate_every
-        else None
-    )
+    loader = make_batches(config, dataset, "train", place.rows)
+    validation = make_batches(config, dataset, "validation", place.rows) if config.train.validate_every else None
 
     program = Program(config, config.task, mesh, place.abstract(next(loader.at(0))))
     checkpoints = Checkpoints(config.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
@@ -110,7 +107,7 @@ def evaluate(folder: Path) -> None:
         config,
         config.task,
         mesh,
-        place.abstract(next(make_loader(config, dataset, "train", place.rows, config.data.channels).at(0))),
+        place.abstract(next(make_batches(config, dataset, "train", place.rows).at(0))),
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is None:
@@ -154,7 +151,30 @@ def stored_config(folder: Path) -> Config:
     return dataclasses.replace(config, runs=folder.parent, name=folder.name)
 
 
-def open_data(config: Config) -> Dataset:
+def open_data(config: Config) -> Dataset | PairedDataset:
+    """What `data` names: one prepared dataset (`open_dataset`), or one for each modality of `data.paired`."""
+    from zoo.data.paired import PairedDataset
+
+    data, task = config.data, config.task
+    if not data.paired:
+        return open_dataset(config)
+    for name, given in (
+        ("data.source", data.source),
+        ("data.mask_patch", data.mask_patch),
+        ("probe.classes", config.probe.classes),
+    ):
+        if given:
+            raise ZooError(f"{name} is given beside data.paired, which takes prepared datasets as they are")
+    if not hasattr(task, "check_modality"):
+        raise ZooError(f"data.paired: {type(task).__name__} takes batches of one signal, not of modalities")
+    paired = PairedDataset.open(data.paired, int(data.cache_gigabytes * 1e9))
+    for name, dataset in paired.datasets.items():
+        for montage in dataset.montages:
+            task.check_modality(name, dataset.rate_hz, montage.kinds, montage.canonical)
+    return paired
+
+
+def open_dataset(config: Config) -> Dataset:
     """The prepared dataset, fetched and prepared first when it is not there. With several processes one prepares."""
     import jax
 
@@ -200,15 +220,21 @@ def find_source(source: str) -> Path:
     return fetch(source) if source in SAMPLES or source.startswith("mne:") else Path(source)
 
 
-def finish(config: Config, program: Program, state: State, dataset: Dataset, place: BatchPlacer) -> None:
+def finish(
+    config: Config, program: Program, state: State, dataset: Dataset | PairedDataset, place: BatchPlacer
+) -> None:
     """Plots and the probe's table, into the run's folder."""
     import jax
+
+    from zoo.data.paired import PairedDataset
 
     main = jax.process_index() == 0
     plots = config.folder / "plots"
     if main:
         plots.mkdir(exist_ok=True)
         _plot_training(config, plots)
+    if isinstance(dataset, PairedDataset):
+        return
     _plot_reconstruction(config, program, state, dataset, place, plots)
     if hasattr(config.task, "predict"):
         from zoo.evaluate.held_out import held_out
@@ -305,8 +331,30 @@ def _start(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def make_batches(
+    config: Config, dataset: Dataset | PairedDataset, part: str, rows: Sequence[int]
+) -> Loader | PairedLoader:
+    """The run's batches of one part of the split, as it is trained on them."""
+    from zoo.data.paired import PairedDataset, PairedLoader
+
+    data = config.data
+    if not isinstance(dataset, PairedDataset):
+        return make_loader(config, dataset, part, rows, data.channels)
+    return PairedLoader(
+        dataset,
+        part,
+        by=data.pair_by,
+        stimuli=data.stimuli,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        rows=rows,
+        threads=data.threads,
+        prefetch=data.prefetch,
+    )
+
+
 def make_loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int], channels: int) -> Loader:
-    """The run's batches of one part of the split, with `channels` drawn for each example (0: all)."""
+    """The run's batches of one part of the split of one dataset, with `channels` drawn for each example (0: all)."""
     from zoo.data.loader import Loader
 
     data = config.data
@@ -365,6 +413,9 @@ def _plain(value: Any, prefix: str = "") -> dict[str, Any]:
         inner, name = getattr(value, each.name), prefix + each.name
         if dataclasses.is_dataclass(inner):
             plain |= _plain(inner, f"{name}.")
+        elif isinstance(inner, Mapping) and any(map(dataclasses.is_dataclass, inner.values())):
+            for key, part in inner.items():
+                plain |= _plain(part, f"{name}.{key}.")
         else:
             plain[name] = (
                 str(inner) if isinstance(inner, Path) else dict(inner) if isinstance(inner, Mapping) else inner

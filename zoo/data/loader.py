@@ -8,19 +8,32 @@ many hosts share a batch change nothing, and a run resumes exactly, also on othe
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from zoo.data.recording import PADDING
+from zoo.data.channels import Channels, take
 from zoo.data.windows import class_labels
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.data.store import Dataset
     from zoo.types import Batch
+
+
+class Batches(Protocol):
+    """What the training loop knows of where its batches come from."""
+
+    batch_size: int
+
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples of signal in a batch, over all channels and hosts."""
+
+    def at(self, step: int) -> Iterator[Batch]:
+        """The batches of steps `step`, `step` + 1, …, without end; numpy arrays of this host's rows."""
 
 
 class Loader:
@@ -83,14 +96,11 @@ class Loader:
         self.too_short = int((windows == 0).sum())
         self.n_examples = int(windows.sum())
         self._rows = range(batch_size) if rows is None else rows
-        self._threads, self._prefetch = threads, max(prefetch, threads)
+        self._threads, self._prefetch = threads, prefetch
         self._patches = window // mask_patch if mask_patch else 0
-        self._sensors, self._sensors_of = dataset.sensor_tables()
-        self._valid = [np.flatnonzero(valid) for valid in self._sensors["valid"]]
-        # One place more, so that channel −1, padding, is looked up as not valid.
-        self._is_valid = np.pad(self._sensors["valid"], ((0, 0), (0, 1)))
         self._mask_ratio = mask_ratio
-        self.channels = min(channels, dataset.n_channels) or dataset.n_channels
+        self._channels = Channels(dataset, channels)
+        self.channels = self._channels.count
         """Channels of a batch."""
         self._stream = self._examples(np.repeat(records, windows))
 
@@ -98,6 +108,11 @@ class Loader:
     def epoch_steps(self) -> float:
         """Steps that make one epoch."""
         return self.n_examples / self.batch_size
+
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples of signal in a batch, over all channels and hosts."""
+        return self.batch_size * self.channels * self.window
 
     def __str__(self) -> str:
         seconds = self.window / self.dataset.rate_hz
@@ -116,13 +131,7 @@ class Loader:
         label    int32 [b], index into `classes`, or the dataset's own; −1 for a record without
         subject  int32 [b], index into the dataset's people
         """
-        import grain
-
-        batches = grain.MapDataset.range(step, sys.maxsize // self.batch_size).map(self._batch)
-        options = grain.ReadOptions(
-            num_threads=self._threads, prefetch_buffer_size=self._prefetch if self._threads else 0
-        )
-        return iter(batches.to_iter_dataset(options))
+        return ahead(self._batch, step, self.batch_size, self._threads, self._prefetch)
 
     def _examples(self, records: npt.NDArray[np.int64]) -> Any:
         """The endless stream of examples that all hosts agree on, by index."""
@@ -141,38 +150,39 @@ class Loader:
         dataset = self.dataset
         signal = dataset[record]
         first = int(rng.integers(dataset.length[record] - self.window + 1))
-        table = self._sensors_of[dataset.recording[record]]
-        channel = np.full(self.channels, -1)
-        if self.channels == dataset.n_channels:
-            channel[: len(signal)] = np.arange(len(signal))
-        else:
-            drawn = np.sort(rng.permutation(self._valid[table])[: self.channels])
-            channel[: len(drawn)] = drawn
-        window = signal[channel, first : first + self.window]
-        window[channel < 0] = 0
+        recording = dataset.recording[record]
+        channel = self._channels.draw(recording, len(signal), rng)
+        window = take(signal, channel, first, self.window)
         example = {"signal": window, "channel": channel, "record": record, "start": dataset.start[record] + first}
         if self._patches:
-            good = np.flatnonzero(self._is_valid[table, channel])
+            good = self._channels.good(recording, channel)
             places = rng.permutation(len(good) * self._patches)[: round(self._mask_ratio * len(good) * self._patches)]
             example["mask"] = np.zeros((self.channels, self._patches), bool)
             example["mask"][good[places // self._patches], places % self._patches] = True
         return example
 
     def _batch(self, step: int) -> Batch:
-        from zoo.types import Sensors
-
         examples = [self._stream[step * self.batch_size + row] for row in self._rows]
         stacked = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         channel, record = stacked.pop("channel"), stacked["record"].astype(np.int32)
-        table = self._sensors_of[self.dataset.recording[record]][:, None]
-        sensors = {field: values[table, channel] for field, values in self._sensors.items()}
-        for field, fill in PADDING.items():
-            sensors[field][channel < 0] = fill
+        recording = self.dataset.recording[record]
         return {
             **stacked,
-            "sensors": Sensors(**sensors),
+            "sensors": self._channels.sensors(recording, channel),
             "record": record,
             "start": stacked["start"].astype(np.int32),
             "label": self._label[record].astype(np.int32),
-            "subject": self.dataset.person[self.dataset.recording[record]].astype(np.int32),
+            "subject": self.dataset.person[recording].astype(np.int32),
         }
+
+
+def ahead(batch: Callable[[int], Batch], step: int, batch_size: int, threads: int, prefetch: int) -> Iterator[Batch]:
+    """`batch` of steps `step`, `step` + 1, …, without end: `threads` at a time, `prefetch` held ready.
+
+    threads  0 reads in the caller's thread
+    """
+    import grain
+
+    batches = grain.MapDataset.range(step, sys.maxsize // batch_size).map(batch)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
+    return iter(batches.to_iter_dataset(options))

@@ -225,19 +225,23 @@ class Dataset(Records):
                     self._cache.popitem(last=False)
         return signal
 
+    def record_at(self, recording: int, sample: int) -> int:
+        """The last record of a recording that starts at `sample` or before; −1 when none does."""
+        first, last = self._first[recording], self._first[recording + 1]
+        i = int(np.searchsorted(self.start[first:last], sample, side="right")) - 1
+        return -1 if i < 0 else int(first) + i
+
     def read(self, recording: int, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Samples start … stop of a recording, [C, stop − start] float32, stitched from its records.
 
         ZooError when a part of it is not stored: beyond the ends, between event windows, or in a rejected
         record.
         """
-        first, last = self._first[recording], self._first[recording + 1]
-        starts = self.start[first:last]
         signal: npt.NDArray[np.float32] | None = None
         at = start
         while at < stop or signal is None:
-            i = first + np.searchsorted(starts, at, side="right") - 1
-            if i < first or at >= self.start[i] + self.length[i]:
+            i = self.record_at(recording, at)
+            if i < 0 or at >= self.start[i] + self.length[i]:
                 raise ZooError(
                     f"{self.path}: samples {start} to {stop} of {self.recordings[recording].id} are not all "
                     f"stored ({at} is not; the recording has {self.recordings[recording].n_samples})"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from zoo.data.paired import Key, Paired
 from zoo.data.recipes import RECIPES, Recipe
 from zoo.errors import ZooError
 from zoo.terminal import parse
@@ -25,6 +26,9 @@ class Data:
     Attributes:
         source: a sample's name (`zoo fetch`), an `mne:` dataset, or a file or folder of recordings
         prepared: folder of the prepared dataset; made from `source` with `recipe` when it is not there
+        paired: modality → dataset whose windows answer the same stimulus, or the same time; instead of `prepared`
+        pair_by: what paired windows share: a stimulus (an event's label), a stimulus of one subject, or the time
+        stimuli: regular expression of the event labels that are stimuli, the whole label
         recipe: preprocessing (see `zoo.data.recipes`)
         jobs: recordings prepared at a time
         split: how records are divided: blocks of time, whole subjects or whole runs
@@ -41,6 +45,9 @@ class Data:
 
     source: str = ""
     prepared: Path = Path("prepared")
+    paired: Mapping[str, Paired] = field(default_factory=dict)
+    pair_by: Key = "stimulus"
+    stimuli: str = r"(?i)(?!bad).*"
     recipe: Recipe = RECIPES["raw"]
     jobs: int = 2
     split: Literal["by_time", "by_subject", "by_run"] = "by_time"

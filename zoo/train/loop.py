@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo.data.loader import Loader
+from zoo.data.loader import Batches
 from zoo.errors import ZooError
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.config import Config
@@ -40,8 +40,8 @@ def fit(
     program: Program,
     compiled: tuple[Any, Any],
     state: State,
-    loader: Loader,
-    validation: Loader | None,
+    loader: Batches,
+    validation: Batches | None,
     place: BatchPlacer,
     checkpoints: Checkpoints,
     sinks: list[Sink],
@@ -60,8 +60,8 @@ class _Run:
         config: Config,
         program: Program,
         compiled: tuple[Any, Any],
-        loader: Loader,
-        validation: Loader | None,
+        loader: Batches,
+        validation: Batches | None,
         place: BatchPlacer,
         checkpoints: Checkpoints,
         sinks: list[Sink],
@@ -129,11 +129,10 @@ class _Run:
             )
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        shape = self.loader.batch_size, self.loader.channels, self.loader.window
         figures |= {
             "step_seconds": seconds,
-            "examples_per_second": shape[0] / seconds,
-            "signal_samples_per_second": float(np.prod(shape)) / seconds,
+            "examples_per_second": self.loader.batch_size / seconds,
+            "signal_samples_per_second": self.loader.samples_per_batch / seconds,
             "loader_wait_share": min(1.0, pending.waited / seconds),
         }
         if self.peak:
@@ -150,6 +149,6 @@ class _Run:
             jax.profiler.stop_trace()
 
 
-def _first_batches(loader: Loader, count: int, place: BatchPlacer) -> list[Batch]:
+def _first_batches(loader: Batches, count: int, place: BatchPlacer) -> list[Batch]:
     batches = loader.at(0)
     return [place(next(batches)) for _ in range(count)]
