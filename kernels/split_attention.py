@@ -19,7 +19,7 @@ from kernels.ring import Keys, Queries, Results, Ring, Rounds, go_round
 from kernels.sparse_attention import Mask, attend, attend_piece, piece_gradients
 from kernels.sparse_attention.shifted import Shifted, distances, piece
 
-ABSENT = -2
+ABSENT = -3
 """The segment of a neighbour's token where there is no neighbour, which is nobody's."""
 
 

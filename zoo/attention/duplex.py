@@ -24,10 +24,10 @@ from jaxtyping import Bool, Float, Int
 from kernels.decoding import attend as attend_to_cache
 from kernels.decoding import written
 from kernels.packing import runs
-from kernels.sparse_attention import Causal, Full, Mask, sparse_attention
-from zoo.attention.softmax import HEADS
+from kernels.sparse_attention import Causal, Full, Mask
+from zoo.attention.softmax import attention_over_time
 from zoo.errors import ZooError
-from zoo.layers.devices import linear_attention, on_devices
+from zoo.layers.devices import linear_attention
 from zoo.layers.mixer import Mixer, head_count
 from zoo.layers.parameters import merge_heads, partitioned, split_heads
 from zoo.layers.rotary import BASE, rotate, times
@@ -114,7 +114,7 @@ class Duplex(Mixer):
         within: Any = 0
         for sight, members in self._sights():
             queries = jnp.where(jnp.isin(label, jnp.asarray(members)), group, -1)
-            within += _attended(q, k, v, sight, queries, jnp.where(there, group, -2))
+            within += attention_over_time(q, k, v, sight, (queries, jnp.where(there, group, -2)))
 
         # As many examples as there are modalities: in each, queries of one and keys of all others.
         own = label[:, None] == jnp.arange(self.count())[:, None]
@@ -123,7 +123,7 @@ class Duplex(Mixer):
         time = times(x.shape[1], None if segment_ids is None else ids)
         k, v = self._turned(self.key(mapped), time), self.value(mapped)
         sight = Causal() if self.looks_back() else Full()
-        between = _attended(jnp.repeat(q, self.count(), axis=0), k, v, sight, queries, keys)
+        between = attention_over_time(jnp.repeat(q, self.count(), axis=0), k, v, sight, (queries, keys))
         between = jnp.sum(between.reshape(x.shape[0], self.count(), *between.shape[1:]), axis=1)
         return self._mixed(within, between)
 
@@ -239,13 +239,3 @@ def _energy(x: Float[Array, "*#lead K"], raw: Float[Array, "*lead K"], prefix: b
     x, raw = x.astype(jnp.float32), raw.astype(jnp.float32)
     along = jnp.sum(x * raw, axis=-1)
     return 2 * along - jnp.sum(x * x, axis=-1) ** 2 if prefix else along
-
-
-def _attended(q: Array, k: Array, v: Array, sight: Mask, queries: Array, keys: Array) -> Array:
-    """Softmax attention of [B, T, H, K] between tokens of equal ids, 0 for those that see nothing."""
-
-    def op(q: Array, k: Array, v: Array, queries: Array, keys: Array) -> Array:
-        return sparse_attention(q, k, v, sight, segment_ids=(queries, keys))
-
-    ids = ("batch", None)
-    return on_devices(op, (q, k, v, queries, keys), (HEADS, HEADS, HEADS, ids, ids), HEADS)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels.packing import begins
-from kernels.sparse_attention import Causal, Compressed, Mask, Sinks, Window, attend
+from kernels.sparse_attention import Causal, Compressed, Mask, Sinks, Window
+from kernels.split_attention import split_attend
 from zoo.attention.caches import KeepAll, KeepWindow
-from zoo.attention.softmax import HEADS, Softmax, masked_attention, segment_pair
+from zoo.attention.softmax import SPLIT_HEADS, SPLIT_IDS, Softmax, masked_attention, segment_pair
 from zoo.errors import ZooError
-from zoo.layers.devices import on_devices
+from zoo.layers.devices import over_time, splits_time
 from zoo.types import Array
 
 
@@ -25,7 +26,8 @@ class SlidingWindow(Softmax):
     sinks   tokens; both ways at most window // 2 + 1, so that they see each other
     causal  False sees both ways
 
-    The other options are those of `Softmax`; streaming keeps window + sinks tokens, whatever the capacity.
+    The other options are those of `Softmax`; streaming keeps window + sinks tokens, whatever the capacity. Where time
+    is split over devices, a window asks the devices beside it, and sinks send all keys round.
     """
 
     window: int = 512
@@ -51,6 +53,8 @@ class SlidingWindow(Softmax):
 
     def mixed(self, q: Array, k: Array, v: Array, segment_ids: Array | None, mask: Array | None) -> Array:
         sight = self.sight()
+        if self.sinks and segment_ids is None and splits_time(q.shape[1]):
+            segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
         if self.sinks and segment_ids is not None:
             return self._with_sinks_of_segments(q, k, v, segment_ids, mask)
         if self.sinks:
@@ -71,12 +75,12 @@ class SlidingWindow(Softmax):
         first = jnp.arange(q.shape[1]) - begins(segment_ids) < self.sinks
         before = Compressed((self.window if self.causal else self.window // 2 + 1) + 1, 1)
 
-        def op(q: Array, k: Array, v: Array, queries: Array, *keys: Array) -> Array:
-            near, log_near = attend(q, k, v, self.sight(), segment_ids=(queries, keys[0]))
-            far, log_far = attend(q, k, v, before, segment_ids=(queries, keys[1]))
+        def op(q: Array, k: Array, v: Array, queries: Array, *keys: Array, axis: str | None) -> Array:
+            near, log_near = split_attend(q, k, v, self.sight(), axis=axis, segment_ids=(queries, keys[0]))
+            far, log_far = split_attend(q, k, v, before, axis=axis, segment_ids=(queries, keys[1]))
             # A query that sees nothing has -inf twice, of which a softmax makes NaN.
             share = jax.nn.softmax(jnp.maximum(jnp.stack([log_near, log_far]), -1e30), axis=0).astype(v.dtype)
             return share[0, ..., None] * near + share[1, ..., None] * far
 
         arrays = q, k, v, queries, keys, jnp.where(first, keys, -1)
-        return on_devices(op, arrays, (HEADS, HEADS, HEADS, *(("batch", None),) * 3), HEADS)
+        return over_time(op, arrays, (SPLIT_HEADS,) * 3 + (SPLIT_IDS,) * 3, SPLIT_HEADS)

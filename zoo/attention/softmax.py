@@ -18,15 +18,19 @@ from kernels.decoding import attend as attend_to_cache
 from kernels.decoding import prefix
 from kernels.packing import runs
 from kernels.sparse_attention import Causal, Full, Mask, sparse_attention
+from kernels.split_attention import split_attention
 from zoo.attention.caches import KeepAll, KeyValueCache, Policy
 from zoo.errors import ZooError
-from zoo.layers.devices import on_devices
+from zoo.layers.devices import Axes, over_time
 from zoo.layers.mixer import Mixer, State, head_count
 from zoo.layers.parameters import merge_heads, norm, split_heads
 from zoo.layers.rotary import BASE, grid_positions, rotate, times
 from zoo.types import Array
 
-HEADS = ("batch", None, "heads", None)
+HEADS: Axes = ("batch", None, "heads", None)
+"""Of [B, T, H, K] where time is whole on every device while a kernel runs, and where it may be split."""
+SPLIT_HEADS: Axes = ("batch", "tokens", "heads", None)
+SPLIT_IDS: Axes = ("batch", "tokens")
 
 
 class Softmax(Mixer):
@@ -195,13 +199,25 @@ def masked_attention(
     mask: Array | None = None,
     scale: float | None = None,
 ) -> Array:
-    """`sparse_attention` of [B, T, H, K] within runs of equal ids, blind to tokens where mask [B, T] is False."""
+    """`sparse_attention` of [B, T, H, K] within runs of equal ids, blind to tokens where mask [B, T] is False.
+
+    Where time is split over devices, `sight` has to be a mask that `split_attention` takes.
+    """
     ids = segment_pair(segment_ids, mask)
+    return attention_over_time(q, k, v, sight, ids, scale=scale)
 
-    def op(q: Array, k: Array, v: Array, *ids: Any) -> Array:
-        return sparse_attention(q, k, v, sight, scale=scale, segment_ids=ids or None)
 
-    return on_devices(op, (q, k, v, *ids), (HEADS, HEADS, HEADS, *(("batch", None),) * len(ids)), HEADS)
+def attention_over_time(
+    q: Array, k: Array, v: Array, sight: Mask, ids: tuple[Array, ...], *, scale: float | None = None
+) -> Array:
+    """`sparse_attention` of [B, T, H, K] on the mesh; `ids` as `segment_pair` gives them."""
+
+    def op(q: Array, k: Array, v: Array, *ids: Any, axis: str | None) -> Array:
+        if axis is None:
+            return sparse_attention(q, k, v, sight, scale=scale, segment_ids=ids or None)
+        return split_attention(q, k, v, sight, axis=axis, scale=scale, segment_ids=ids or None)
+
+    return over_time(op, (q, k, v, *ids), (SPLIT_HEADS,) * 3 + (SPLIT_IDS,) * len(ids), SPLIT_HEADS)
 
 
 def segment_pair(segment_ids: Array | None, mask: Array | None) -> tuple[Array, ...]:

@@ -3,12 +3,24 @@
 The compiler cannot split a kernel, so it is run inside `jax.shard_map`. Where arrays lie follows from their logical
 axes and the rules in force (`flax.linen.logical_axis_rules`, `jax.set_mesh`), as everywhere in a model. Without a mesh
 these functions only call the operation. An axis that does not divide among its devices stays whole.
+
+Time is split where the rules put "tokens" on a mesh axis of more than one device. What then becomes of it:
+
+    states travel       recurrences that are linear in their state: linear, gla, retention, lightnet, deltanet,
+                        gated_deltanet, kda, mamba2, rg_lru, s5
+    keys go round       softmax attention: softmax, gated, region, duplex, sliding windows longer than a stretch
+    neighbours' tokens  short windows: sliding_window, asa_local; convolutions over a few tokens
+    blocks              native_sparse, moba, asa_global: summaries of all blocks go everywhere, keys go round. Stretches
+                        have to be whole blocks
+    in turns            titans, whose memory is not linear: one device after another, so the time is that of one
+    gathered            all others: their tokens are brought together for the mixer, whole on every device
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -33,14 +45,34 @@ def on_devices(op: Callable[..., Any], arrays: Sequence[Array], axes: Sequence[A
     mesh = _mesh()
     if mesh is None:
         return op(*arrays)
-    names = _split_names(mesh, arrays, axes)
+    return _on_mesh(mesh, _split_names(mesh, [x.shape for x in arrays], axes), op, arrays, axes, out_axes)
 
-    def spec(axes: Axes) -> PartitionSpec:
-        return PartitionSpec(*(names.get(axis) if axis else None for axis in axes))
 
-    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
-    run = jax.shard_map(op, mesh=mesh, in_specs=tuple(map(spec, axes)), out_specs=out_specs, check_vma=False)
-    return run(*arrays)
+def over_time(
+    op: Callable[..., Any], arrays: Sequence[Array], axes: Sequence[Axes], out_axes: Any, multiple: int = 1
+) -> Any:
+    """`on_devices` of an operation that can be split over the axis "tokens": `op(*arrays, axis=...)`.
+
+    `axis` is the mesh axis that time is split over, each device having a stretch of a multiple of so many tokens, or
+    None where time is whole: without a mesh, or where the tokens do not divide into such stretches.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return op(*arrays, axis=None)
+    names = _split_names(mesh, [x.shape for x in arrays], axes)
+    axis = _time_axis(mesh, names, _length(arrays, axes), multiple)
+    if axis is None:
+        names.pop("tokens", None)
+    return _on_mesh(mesh, names, partial(op, axis=axis), arrays, axes, out_axes)
+
+
+def splits_time(length: int, multiple: int = 1) -> bool:
+    """Whether `over_time` splits so many tokens into stretches of a multiple of `multiple`."""
+    mesh = _mesh()
+    if mesh is None:
+        return False
+    names = _split_names(mesh, ((length,),), (("tokens",),))
+    return _time_axis(mesh, names, length, multiple) is not None
 
 
 def linear_attention(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
@@ -75,12 +107,42 @@ def _recurrence(arrays: Sequence[Array], options: dict[str, Any], heads: bool) -
     axes: Axes = ("batch", "tokens", "heads" if heads else "mlp")
     decay = options.get("log_decay") if heads else None
     given = [*arrays, *([decay] if decay is not None and decay.ndim > 2 else [])]
-    names = _split_names(mesh, [x[..., None] if x.ndim < 3 else x for x in given], [axes] * len(given))
-    tokens = names.get("tokens")
-    if isinstance(tokens, tuple):
-        # kernels.sequence exchanges states along one axis.
-        names["tokens"] = tokens[0] if len(tokens) == 1 else None
+    names = _split_names(mesh, [x.shape for x in given], [axes] * len(given))
+    names["tokens"] = _time_axis(mesh, names, arrays[0].shape[1])
     return mesh, PartitionSpec(*(names.get(axis) if axis else None for axis in axes))
+
+
+def _on_mesh(
+    mesh: AbstractMesh,
+    names: dict[str, Any],
+    op: Callable[..., Any],
+    arrays: Sequence[Array],
+    axes: Sequence[Axes],
+    out_axes: Any,
+) -> Any:
+    """`op(*arrays)` within `jax.shard_map`, logical axes lying on the mesh axes of `names`."""
+
+    def spec(axes: Axes) -> PartitionSpec:
+        return PartitionSpec(*(names.get(axis) if axis else None for axis in axes))
+
+    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
+    run = jax.shard_map(op, mesh=mesh, in_specs=tuple(map(spec, axes)), out_specs=out_specs, check_vma=False)
+    return run(*arrays)
+
+
+def _time_axis(mesh: AbstractMesh, names: dict[str, Any], length: int, multiple: int = 1) -> str | None:
+    """The one mesh axis that tokens are split over: what knows of time exchanges along one."""
+    over = names.get("tokens", ())
+    if len(over) != 1 or length // mesh.shape[over[0]] % multiple:
+        return None
+    return over[0]
+
+
+def _length(arrays: Sequence[Array], axes: Sequence[Axes]) -> int:
+    """T."""
+    pairs = ((x, own) for x, own in zip(arrays, axes, strict=True) if "tokens" in own)
+    x, own = next(pairs)
+    return x.shape[own.index("tokens")]
 
 
 def _mesh() -> AbstractMesh | None:
@@ -91,11 +153,11 @@ def _mesh() -> AbstractMesh | None:
     return mesh
 
 
-def _split_names(mesh: AbstractMesh, arrays: Sequence[Array], axes: Sequence[Axes]) -> dict[str, Any]:
+def _split_names(mesh: AbstractMesh, shapes: Sequence[tuple[int, ...]], axes: Sequence[Axes]) -> dict[str, Any]:
     """Logical axis → mesh axes, for those names whose every size divides among them."""
     sizes: dict[str, set[int]] = {}
-    for array, own in zip(arrays, axes, strict=True):
-        for axis, size in zip(own, array.shape, strict=False):
+    for shape, own in zip(shapes, axes, strict=True):
+        for axis, size in zip(own, shape, strict=False):
             if axis is not None:
                 sizes.setdefault(axis, set()).add(size)
     rules = dict(nn.get_logical_axis_rules())
