@@ -258,6 +258,21 @@ CASES = (
         wrong_windows=((30, "wants windows of 24 samples, got 30 samples"),),
     ),
     Case(
+        "regions_tiny",
+        3,
+        12,
+        {
+            "dim": 16,
+            "patch": 4,
+            "mixers": ("softmax",),
+            "mixer_options": {"softmax": {"heads": 2}},
+            "place": "position",
+        },
+        kind="roi",
+        patch=4,
+        wrong_windows=((10, "got a window of 10 volumes, wanted a multiple of 4"),),
+    ),
+    Case(
         "geometric_tiny",
         3,
         32,
@@ -312,6 +327,7 @@ CASES = (
 )
 
 SLOW: tuple[str, ...] = (
+    "regions_tiny",
     "shallow_tiny",
     "deep4_tiny",
     "mvcnet_tiny",

@@ -41,6 +41,7 @@ MODULES = (
     "zoo.encoders.neurobolt",
     "zoo.encoders.neurocog_text",
     "zoo.encoders.rbtransformer",
+    "zoo.encoders.regions",
     "zoo.encoders.reve",
     "zoo.encoders.sequence",
     "zoo.encoders.simple_conv",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from zoo.errors import ZooError
+from zoo.layers.devices import on_devices
 from zoo.layers.parameters import dense, partitioned
 from zoo.layers.quantizers import unit
 from zoo.types import AnyArray, Array
@@ -27,6 +29,8 @@ MAX_SCALE = 100.0
 ABSENT = -1e30
 """Logit of what may not be chosen. Not −inf: a row that is not there would have no answer at all, and NaN for a
 gradient."""
+BLOCK = 2**25
+"""Logits that a device makes at a time where rows are searched for in a large batch: 128 MiB."""
 
 
 def similarities(
@@ -135,6 +139,71 @@ def retrieval(
     others = valid & ~jnp.eye(len(logits), dtype=bool)
     rank = jnp.sum(logits > own, axis=1, where=others) + 0.5 * jnp.sum(logits == own, axis=1, where=others)
     return jnp.sum(rank < top, where=valid) / jnp.maximum(valid.sum(), 1)
+
+
+def searched(
+    ours: Float[AnyArray, "B F"],
+    theirs: Float[AnyArray, "B F"],
+    scale: Float[AnyArray, ""],
+    offset: Float[AnyArray, ""] | None = None,
+    *,
+    valid: Bool[AnyArray, " B"],
+    segment: Int[AnyArray, " B"],
+    block: int = BLOCK,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """For each of our rows: its loss, and how many of their rows are likelier than its own, of equals half.
+
+    Logits are scale · products (+ offset), of rows that are there (`valid`) and, but for its own, of another stimulus
+    (`segment`). The loss is −log softmax at its own, as in `info_nce`; where there is an offset −Σ_j log sigmoid(±), as
+    in `siglip_loss`. Each device takes its own rows against all of theirs, `block` logits at a time, and makes them
+    again for the gradient: memory grows with B and not with B². Rows that are not there mean nothing.
+    """
+    rows = jnp.arange(len(ours))
+    given = (ours, rows, segment, theirs, valid, segment, scale, *(() if offset is None else (offset,)))
+    arrays = [jnp.asarray(each) for each in given]
+
+    def op(
+        ours: Array, rows: Array, stimulus: Array, theirs: Array, valid: Array, segment: Array, *learned: Array
+    ) -> Any:
+        def turn(_: None, part: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            return None, _found(*part, theirs, valid, segment, *learned)
+
+        most = max(1, block // len(theirs))
+        length = next(size for size in range(min(most, len(ours)), 0, -1) if len(ours) % size == 0)
+        parts = jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), (ours, rows, stimulus))
+        found = jax.lax.scan(jax.checkpoint(turn, prevent_cse=False), None, parts)[1]
+        return jax.tree.map(lambda x: x.reshape(-1), found)
+
+    own, all_of = ("batch",), (None,)
+    axes = (("batch", None), own, own, (None, None), all_of, all_of, *((),) * (len(arrays) - 6))
+    nats, rank = on_devices(op, arrays, axes, (own, own))
+    return nats, rank
+
+
+def _found(
+    ours: Array,
+    rows: Array,
+    stimulus: Array,
+    theirs: Array,
+    valid: Array,
+    segment: Array,
+    scale: Array,
+    offset: Array | None = None,
+) -> tuple[Array, Array]:
+    """`searched` of these rows [b, F] of ours among all of theirs [B, F]."""
+    own = rows[:, None] == jnp.arange(len(theirs))
+    others = valid & (stimulus[:, None] != segment)
+    logits = scale * (jnp.asarray(ours, jnp.float32) @ jnp.asarray(theirs, jnp.float32).T)
+    right = jnp.sum(logits, axis=1, where=own)
+    rank = jnp.sum(logits > right[:, None], axis=1, where=others) + 0.5 * jnp.sum(
+        logits == right[:, None], axis=1, where=others
+    )
+    if offset is None:
+        nats = jax.nn.logsumexp(jnp.where(own | others, logits, ABSENT), axis=1) - right
+    else:
+        signed = jnp.where(own, logits + offset, -logits - offset)
+        nats = -jnp.sum(jax.nn.log_sigmoid(signed), axis=1, where=own | others)
+    return nats, rank
 
 
 class ContrastHead(nn.Module):
