@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -51,12 +52,20 @@ def check_implementation(op: str, implementation: str | None, refusal: str | Non
 def run(
     implementation: str | None, refusal: str | None, xla: Callable[..., Any], pallas: Callable[..., Any], *arrays: Any
 ) -> Any:
-    """Calls the chosen one of two forms with the same results; `implementation` has been checked."""
+    """Calls the chosen one of two forms with the same results; `implementation` has been checked.
+
+    A kernel runs over so many blocks: where a size is a symbol, as `jax.export` may have it, XLA's form is the one.
+    """
     if implementation == "pallas" or (implementation is None and refusal is None and _interpreted.get()):
         return pallas(*arrays)
-    if implementation == "xla" or refusal is not None:
+    if implementation == "xla" or refusal is not None or not known_sizes(*arrays):
         return xla(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=pallas, default=xla)
+
+
+def known_sizes(*arrays: Any) -> bool:
+    """Whether every axis of these arrays has a number for its size."""
+    return all(isinstance(size, int) for leaf in jax.tree.leaves(arrays) for size in jnp.shape(leaf))
 
 
 def on_cuda(cuda: Callable[..., Any], default: Callable[..., Any], *arrays: Any) -> Any:

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.chunks import compute_dtype
+from kernels.dispatch import known_sizes
 from kernels.sparse_attention.form import Form
 from kernels.sparse_attention.mask import Mask, maps, predicate
 from kernels.sparse_attention.tiles import LIVE, WHOLE, Tiles, allowed
@@ -47,7 +48,8 @@ def form(scale: float, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, seg
     [1 or B, 1 or G, nq, nk].
     """
     group = q.shape[2] // k.shape[2]
-    batch = max([q.shape[0] if segments else 1, *(leaf.map.shape[0] for leaf in maps(mask))])
+    own_lists = segments and isinstance(q.shape[0], int)  # the kernels serve no batch of unknown size, see `refusal`
+    batch = max([q.shape[0] if own_lists else 1, *(leaf.map.shape[0] for leaf in maps(mask))])
     lists = batch * max([1, *(leaf.map.shape[1] for leaf in maps(mask))])
 
     def sized(most: tuple[int, int]) -> Form:
@@ -79,6 +81,8 @@ def _block_bytes(form: Form, q: jax.Array, k: jax.Array, v: jax.Array) -> int:
 
 def refusal(form: Form, q: jax.Array, k: jax.Array, v: jax.Array, by_query: Tiles, by_key: Tiles) -> str | None:
     """Why these kernels do not serve, or None where they do."""
+    if not known_sizes(q, k, v):
+        return f"runs over so many blocks, got a batch of {q.shape[0]} and {q.shape[1]} queries"
     dtype = jnp.result_type(q, k, v)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"computes in float32 and bfloat16, got {jnp.dtype(dtype).name}"

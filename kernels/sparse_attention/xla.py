@@ -210,10 +210,11 @@ def _parts(
     """All parts, along the first axis: as many heads each as share a list and `dispatch.block_rows` allows."""
     (batch, time, heads, _), groups = q.shape, k.shape[2]
     owners, listed, _ = lists.row.shape
-    alike = 1 if listed > 1 else groups if owners > 1 else batch * groups
+    alike = 1 if listed > 1 else groups if owners != 1 or not isinstance(batch, int) else batch * groups
     most = max(dispatch.block_rows() // (heads // groups * form.block_q), 1)
     m = max(n for n in range(1, min(alike, most) + 1) if alike % n == 0)
-    owner = np.broadcast_to(np.arange(owners * listed).reshape(owners, listed), (batch, groups)).reshape(-1, m)[:, 0]
+    first = (np if isinstance(batch, int) else jnp).arange(batch * groups // m) * m
+    owner = (first // groups * listed if owners != 1 else 0) + (first % groups if listed > 1 else 0 * first)
     row, column, bits = (x.reshape(owners * listed, -1)[owner] for x in (lists.row, lists.column, lists.bits))
     blocks = jnp.arange(time // form.block_q)
     start = jax.vmap(lambda row: jnp.searchsorted(row, blocks))(row)

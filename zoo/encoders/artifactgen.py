@@ -191,7 +191,7 @@ class ArtifactUNet(Encoder):
         if mask is not None:
             raise ZooError("ArtifactUNet hides no tokens: it takes no mask")
         standard = self.standardised(signal, sensors)
-        count = len(standard)
+        count = standard.shape[0]
         told = self.tell(jnp.zeros(count, jnp.int32), jnp.full(count, self.classes))
         tokens, _ = self.describe(standard, told, train=train)
         return Encoded(tokens=tokens, pooled=tokens.mean(1), valid=jnp.ones(tokens.shape[:2], bool))

@@ -94,7 +94,7 @@ class BrainOmni(TokenizerEncoder):
         signal = self.present(signal, sensors)
         rows, frames = self.grid(*signal.shape[1:])
         quantized, neurons = self.from_tokenizer(signal, sensors, _sources)
-        x = quantized.reshape(len(signal), rows, frames, -1)
+        x = quantized.reshape(signal.shape[0], rows, frames, -1)
         if mask is not None:
             hidden = self.check_mask(jnp.asarray(mask), (rows, frames)).reshape(*x.shape[:3], 1)
             token = self.param("embed_mask", partitioned(nn.initializers.normal(1.0), None), x.shape[-1:])
@@ -116,7 +116,7 @@ class BrainOmni(TokenizerEncoder):
         normal = normal / jnp.maximum(jnp.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
         tokens = normal if mask is None else Block(*options, name="last")(x, None)[0].astype(jnp.float32)
         valid = self.made_tokenizer().token_valid(sensors, signal.shape[-1])
-        pooled = normal.mean(2).reshape(len(signal), -1)
+        pooled = normal.mean(2).reshape(signal.shape[0], -1)
         return Encoded(tokens.reshape(*valid.shape, self.dim), pooled, valid)
 
     @nn.nowrap

@@ -97,7 +97,7 @@ class EEGVAE(Encoder):
         x = standard.swapaxes(1, 2)
         for convolution in self.convolutions:
             x = nn.gelu(convolution(x), approximate=False)
-        hidden = nn.gelu(self.inner(x.reshape(len(x), -1)), approximate=False)
+        hidden = nn.gelu(self.inner(x.reshape(x.shape[0], -1)), approximate=False)
         mean, log_variance = jnp.split(self.outer(hidden), 2, axis=-1)
         return mean, jnp.clip(log_variance, LOWEST, HIGHEST), x
 

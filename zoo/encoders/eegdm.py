@@ -110,7 +110,7 @@ class EEGDM(Encoder):
         if mask is not None:
             raise ZooError("EEGDM hides nothing: got a mask, wanted none")
         signal = self.present(signal, sensors)
-        batch = len(signal)
+        batch = signal.shape[0]
         _, seen = self.denoise(staged_mu_law(signal), jnp.full(signal.shape[:2], self.step))
         if self.frozen:
             seen = jax.lax.stop_gradient(seen)
@@ -211,7 +211,7 @@ class GatedBlock(nn.Module):
         skips = skips + _linear(dim, dim, "skip")(let)
         if not self.last:
             x = x + _linear(dim, dim, "next")(let)
-        seconds = let.reshape(len(let), -1, self.second, dim)
+        seconds = let.reshape(let.shape[0], -1, self.second, dim)
         # The root has no slope at zero, which silence has.
         deviation = jnp.sqrt(seconds.var(2, ddof=1) + 1e-12)
         return (x, skips), deviation

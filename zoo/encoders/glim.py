@@ -136,7 +136,7 @@ class GLIM(OneMontage):
         weight = self.param(
             "prompt_weight", partitioned(lambda _, shape: jnp.array(PROMPTS, jnp.float32) / total, None), (3,)
         )
-        told = jnp.zeros((len(prompt), channels))
+        told = jnp.zeros((prompt.shape[0], channels))
         for place, (name, rows) in enumerate(zip(("task", "dataset", "person"), PROMPTS, strict=True)):
             row, rate = prompt[:, place], self.drop[place]
             if rate == 1.0:

@@ -61,10 +61,10 @@ class ICLabel(nn.Module):
             [self._tower(spectrum, "spectrum"), self._tower(autocorrelation, "autocorrelation")], axis=-1
         )
         # Every pixel of the map sees all of both curves.
-        towers = jnp.broadcast_to(towers[None, :, None, None, :], (len(maps), len(towers), 4, 4, towers.shape[-1]))
+        towers = jnp.broadcast_to(towers[None, :, None, None, :], (maps.shape[0], len(towers), 4, 4, towers.shape[-1]))
         x = jnp.concatenate([x, towers.reshape(*x.shape[:-1], -1)], axis=-1)
         logits = Convolution(len(CLASSES), (4, 4), name="classes")(x)
-        return jnp.mean(jax.nn.softmax(logits).reshape(len(maps), -1, len(CLASSES)), axis=0)
+        return jnp.mean(jax.nn.softmax(logits).reshape(maps.shape[0], -1, len(CLASSES)), axis=0)
 
     @nn.nowrap
     def example(self) -> tuple[Array, Array, Array]:

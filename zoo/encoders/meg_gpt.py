@@ -138,7 +138,7 @@ class MegGPT(TokenizerEncoder):
         codes = self.from_tokenizer(signal, heard, "encode").reshape(signal.shape)
         tokens = self.read(codes, subject=subject, train=train)
         valid = jnp.repeat(jnp.asarray(sensors.valid), self.steps, axis=1)
-        flat = tokens.reshape(len(tokens), -1, self.dim)
+        flat = tokens.reshape(tokens.shape[0], -1, self.dim)
         return Encoded(flat, flat.mean(1), valid)
 
     def read(

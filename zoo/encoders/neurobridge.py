@@ -121,8 +121,8 @@ class EEGProject(NeuroBridge):
         another window.
         """
         x = self._checked(signal, sensors, mask, subject)
-        pooled = self._mapped(x.reshape(len(x), -1), train)
-        return Encoded(tokens=pooled[:, None], pooled=pooled, valid=jnp.ones((len(x), 1), bool))
+        pooled = self._mapped(x.reshape(x.shape[0], -1), train)
+        return Encoded(tokens=pooled[:, None], pooled=pooled, valid=jnp.ones((x.shape[0], 1), bool))
 
     @nn.nowrap
     def flops(self, channels: int, samples: int) -> float:
@@ -168,7 +168,7 @@ class TSConv(NeuroBridge):
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = Convolution(self.filters, (1,), name="over_features")(x)
         # Flattened feature by feature, as PyTorch lays a map out.
-        pooled = self._mapped(x.swapaxes(1, 2).reshape(len(x), -1), train)
+        pooled = self._mapped(x.swapaxes(1, 2).reshape(x.shape[0], -1), train)
         return Encoded(tokens=x, pooled=pooled, valid=jnp.ones(x.shape[:2], bool))
 
     @nn.nowrap

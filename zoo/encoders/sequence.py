@@ -112,7 +112,9 @@ class SequenceModel(nn.Module):
 
         Errors as in a call.
         """
-        count = jnp.full(len(inputs), inputs.shape[1], jnp.int32) if length is None else jnp.asarray(length, jnp.int32)
+        count = (
+            jnp.full(inputs.shape[0], inputs.shape[1], jnp.int32) if length is None else jnp.asarray(length, jnp.int32)
+        )
         x, embedded = self._embedded(inputs)
         convolved: Any = ()
         if self.convolution:

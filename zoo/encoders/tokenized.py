@@ -91,4 +91,4 @@ class TokenizerEncoder(Encoder):
                 f"{type(self).__name__} wants a mask of {rows * frames} tokens, or of {rows} rows of {frames}, "
                 f"got {list(mask.shape)}"
             )
-        return mask.reshape(len(mask), -1)
+        return mask.reshape(mask.shape[0], -1)

@@ -85,7 +85,7 @@ class ChannelAdapter(nn.Module):
     @nn.nowrap
     def sensors(self, given: Sensors) -> Sensors:
         """Those of the outputs, on the scalp where they have names; valid where any input of the example is."""
-        batch, names = len(given.valid), self.outputs if isinstance(self.outputs, tuple) else ("",) * self.count
+        batch, names = given.valid.shape[0], self.outputs if isinstance(self.outputs, tuple) else ("",) * self.count
         shape = (batch, self.count)
         position = np.full((self.count, 3), np.nan, np.float32)
         if self.kind == "interpolate":

@@ -71,7 +71,7 @@ class TransposedConvolution(nn.Module):
         early, late = jnp.einsum("rai,hsio->hraso", x.astype(self.dtype), kernel.reshape(2, self.stride, *shape[1:]))
         y = jnp.pad(early, ((0, 0), (0, 1), (0, 0), (0, 0))) + jnp.pad(late, ((0, 0), (1, 0), (0, 0), (0, 0)))
         left, right = _ends(2 * self.stride, self.stride)
-        y = y.reshape(len(x), -1, self.features)
+        y = y.reshape(x.shape[0], -1, self.features)
         return y[:, left : y.shape[1] - right] + bias
 
 

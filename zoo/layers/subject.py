@@ -50,7 +50,7 @@ class SubjectLayer(nn.Module):
         other = jnp.mean(matrices, axis=0) if self.unknown == "mean" else jnp.full((width, width), jnp.nan)
         subject = jnp.asarray(subject)
         chosen = jnp.concatenate([matrices, other[None]])[jnp.where(subject < 0, self.subjects, subject)]
-        flat = x.reshape(len(x), -1, width)
+        flat = x.reshape(x.shape[0], -1, width)
         return jnp.einsum("bnd,bde->bne", flat, chosen.astype(x.dtype)).reshape(x.shape)
 
     def _init(self, width: int) -> Any:

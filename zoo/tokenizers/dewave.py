@@ -130,7 +130,7 @@ class DeWave(Tokenizer):
         valid = jnp.asarray(sensors.valid)
         here = self.token_valid(sensors, signal.shape[-1])
         signal = jnp.where(valid[..., None], jnp.asarray(signal, jnp.float32), 0)
-        frames = jnp.moveaxis(signal, 1, 2).reshape(len(signal), -1, self.frame, self.channels)
+        frames = jnp.moveaxis(signal, 1, 2).reshape(signal.shape[0], -1, self.frame, self.channels)
         here = self._present(frames, here)
         x = self.encoder(self.embed(frames).astype(self.dtype), here, train=train)
         found = self.codex(x.astype(jnp.float32), valid=here, train=train)
@@ -163,7 +163,7 @@ class DeWave(Tokenizer):
         self, quantized: Float[Array, "B N D"], here: Bool[Array, "B N"], valid: Bool[Array, "B C"], train: bool = False
     ) -> Float[Array, "B C T"]:
         x = self.decoder(quantized.astype(self.dtype), here, train=train)
-        frames = self.out(x.astype(jnp.float32)).reshape(len(x), -1, self.channels)
+        frames = self.out(x.astype(jnp.float32)).reshape(x.shape[0], -1, self.channels)
         counted = valid[..., None] & jnp.repeat(here, self.frame, axis=1)[:, None]
         return jnp.where(counted, jnp.moveaxis(frames, 1, 2), 0)
 
@@ -260,7 +260,7 @@ class WaveEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, frames: Float[Array, "B N P C"]) -> Float[Array, "B N D"]:
-        x = frames.reshape(len(frames), -1, frames.shape[-1])
+        x = frames.reshape(frames.shape[0], -1, frames.shape[-1])
         for n, (kernel, stride) in enumerate(self.sizes):
             before = (kernel - stride) // 2
             x = nn.Conv(

@@ -295,7 +295,7 @@ class DuIN(Tokenizer):
         self, quantized: Float[Array, "B N D"], sensors: Sensors, subject: AnyArray | None, train: bool
     ) -> Float[Array, "B C T"]:
         x = self.decoder(self.code_out(self.code_norm(quantized)), train)
-        x = self.subject_out(self.head(x).astype(jnp.float32), _of(subject, len(x)))
+        x = self.subject_out(self.head(x).astype(jnp.float32), _of(subject, x.shape[0]))
         x = jnp.swapaxes(x, 1, 2)[:, : sensors.valid.shape[1]]
         return jnp.where(sensors.valid[..., None], x, 0)
 

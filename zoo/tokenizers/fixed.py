@@ -89,7 +89,7 @@ class LevelTokenizer(Tokenizer):
         return Tokenized(codes, self._values(codes), reconstruction, {"waveform": waveform}, valid)
 
     def decode(self, codes: Int[AnyArray, "B N Q"], sensors: Sensors, scale: Any = None) -> Float[Array, "B C T"]:
-        return self._values(codes).reshape(len(codes), sensors.valid.shape[1], -1)
+        return self._values(codes).reshape(codes.shape[0], sensors.valid.shape[1], -1)
 
     @nn.nowrap
     def flops(self, channels: int, samples: int) -> float:

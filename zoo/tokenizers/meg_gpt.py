@@ -158,7 +158,7 @@ class EphysTokenizer(Tokenizer):
             unseen = waves[self.known] if self.known < self.vocabulary else jnp.zeros(self.wave)
             waves = jnp.concatenate([unseen[None], waves[: self.known]])
         chosen = jnp.where(codes >= 0, waves[jnp.maximum(codes[..., 0], 0)], 0)
-        return chosen.reshape(len(codes), channels, -1, self.wave)
+        return chosen.reshape(codes.shape[0], channels, -1, self.wave)
 
     def _overlapped(self, waves: Float[Array, "B C T W"], valid: Bool[Array, "B C"]) -> Float[Array, "B C T"]:
         """Sum of the tokens' waves, each begun at its place; what reaches beyond the window is lost."""

@@ -108,7 +108,7 @@ class SpectralTokenizer(Tokenizer):
         """The patches of a signal in float32, 0 where not valid, and which are."""
         rows, frames = self.grid(*signal.shape[1:])
         valid = self.token_valid(sensors, signal.shape[-1])
-        patches = jnp.asarray(signal, jnp.float32).reshape(len(signal), rows * frames, self.patch)
+        patches = jnp.asarray(signal, jnp.float32).reshape(signal.shape[0], rows * frames, self.patch)
         return jnp.where(valid[..., None], patches, 0), valid
 
     @nn.nowrap

@@ -132,4 +132,4 @@ class Tokenizer(nn.Module):
         rows, frames = self.grid(valid.shape[1], samples)
         if self.CHANNEL_ROWS:
             return jnp.repeat(valid, frames, axis=1)
-        return jnp.broadcast_to(valid.any(1, keepdims=True), (len(valid), rows * frames))
+        return jnp.broadcast_to(valid.any(1, keepdims=True), (valid.shape[0], rows * frames))

@@ -226,7 +226,7 @@ def kmeans(
 def _flat(x: Array, valid: Array | None) -> tuple[Array, Array]:
     """x as rows [R, D], and 1 or 0 for each: whether it is there."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows, jnp.ones(len(rows)) if valid is None else valid.reshape(-1).astype(jnp.float32)
+    return rows, jnp.ones(rows.shape[0]) if valid is None else valid.reshape(-1).astype(jnp.float32)
 
 
 def _rotated(x: Array, value: Array) -> Array:

@@ -134,7 +134,7 @@ class LookupFreeQuantizer(Quantizer):
         logs = jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], axis=-1)
         each = mean_where(-jnp.sum(jnp.exp(logs) * logs, axis=(-2, -1)), valid)
         logs = logs.reshape(-1, self.bits, 2)
-        weight = jnp.ones(len(logs)) if valid is None else valid.reshape(-1).astype(jnp.float32)
+        weight = jnp.ones(logs.shape[0]) if valid is None else valid.reshape(-1).astype(jnp.float32)
         low, high = (jnp.exp(_joint(part)) for part in (logs[:, : self.bits // 2], logs[:, self.bits // 2 :]))
         mean = jnp.matmul((low * weight[:, None]).T, high, precision="highest") / jnp.maximum(weight.sum(), 1)
         return each, -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30)))
@@ -144,5 +144,5 @@ def _joint(logs: Float[Array, "R K 2"]) -> Float[Array, "R M"]:
     """Log probabilities of all 2^K values of K independent bits."""
     joint = logs[:, 0]
     for bit in range(1, logs.shape[1]):
-        joint = (logs[:, bit, :, None] + joint[:, None]).reshape(len(logs), -1)
+        joint = (logs[:, bit, :, None] + joint[:, None]).reshape(logs.shape[0], -1)
     return joint
