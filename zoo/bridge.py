@@ -125,7 +125,8 @@ def _check(module: Any, given: dict[str, Any]) -> None:
     if not hasattr(module, "example"):
         return
     keys = {name: jax.random.key(0) for name in ("params", "dropout", "codes", "noise")}
-    wanted = _shapes(jax.eval_shape(module.init, keys, *module.example()))
+    who = {"subject": jnp.zeros(1, jnp.int32)} if getattr(module, "subjects", 0) else {}
+    wanted = _shapes(jax.eval_shape(lambda: module.init(keys, *module.example(), **who)))
     got = _shapes(given)
     wrong = [name for name, shape in wanted.items() if got.get(name) != shape]
     if wrong:
