@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoo.errors import ZooError
-from zoo.train.config import Config, load_config
+from zoo.train.config import Config, Data, load_config
 
 if TYPE_CHECKING:
     import flax.linen as nn
 
     from zoo.data.loader import Loader
     from zoo.data.paired import PairedDataset, PairedLoader
+    from zoo.data.remote import ShardCache
     from zoo.data.store import Dataset
     from zoo.data.windows import Windows
     from zoo.evaluate.probe import ProbeResult
@@ -167,7 +168,7 @@ def open_data(config: Config) -> Dataset | PairedDataset:
             raise ZooError(f"{name} is given beside data.paired, which takes prepared datasets as they are")
     if not hasattr(task, "check_modality"):
         raise ZooError(f"data.paired: {type(task).__name__} takes batches of one signal, not of modalities")
-    paired = PairedDataset.open(data.paired, int(data.cache_gigabytes * 1e9))
+    paired = PairedDataset.open(data.paired, int(data.cache_gigabytes * 1e9), _shard_cache(data))
     for name, dataset in paired.datasets.items():
         for montage in dataset.montages:
             task.check_modality(name, dataset.rate_hz, montage.kinds, montage.canonical)
@@ -179,13 +180,19 @@ def open_dataset(config: Config) -> Dataset:
     import jax
 
     from zoo.data.prepare import prepare
+    from zoo.data.remote import locate
     from zoo.data.store import Dataset
 
     data = config.data
+    place = locate(data.prepared)
+    if data.source and not isinstance(place, Path):
+        raise ZooError(
+            f"data.source is given, and {place} is not on this machine: prepare here and copy the folder there"
+        )
     if jax.process_index() == 0 and data.source:
         prepare(
             find_source(data.source),
-            data.prepared,
+            Path(data.prepared),
             data.recipe,
             jobs=data.jobs,
             split=data.split,
@@ -195,7 +202,7 @@ def open_dataset(config: Config) -> Dataset:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices("data prepared")
-    dataset = Dataset.open(data.prepared, cache_bytes=int(data.cache_gigabytes * 1e9))
+    dataset = Dataset.open(place, int(data.cache_gigabytes * 1e9), _shard_cache(data))
     for montage in dataset.montages:
         if hasattr(config.task, "check_recording"):
             config.task.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
@@ -210,6 +217,13 @@ def open_dataset(config: Config) -> Dataset:
     if hasattr(config.task, "check_labels"):
         config.task.check_labels(tuple(config.probe.classes) or dataset.classes, len(dataset.people))
     return dataset
+
+
+def _shard_cache(data: Data) -> ShardCache | None:
+    from zoo.data.fetch import cache_folder
+    from zoo.data.remote import ShardCache
+
+    return ShardCache(cache_folder() / "shards", int(data.shard_gigabytes * 1e9)) if data.shard_gigabytes else None
 
 
 def find_source(source: str) -> Path:

@@ -190,6 +190,8 @@ def test_bad_datasets(folders: dict[str, Path]) -> None:
     eeg = Dataset.open(folders["eeg"])
     with pytest.raises(ZooError, match="cannot be called 'label'"):
         PairedDataset({"eeg": eeg, "label": eeg}, {})
+    with pytest.raises(ZooError, match=r"100 Hz, data\.paired\.eeg\.rate_hz is 50"):
+        opened(folders, {"eeg": Paired("", rate_hz=50.0), "meg": Paired("", rate_hz=50.0)})
     with pytest.raises(ZooError, match=re.escape("has no part 'test', only train, validation")):
         make(opened(folders, OPTIONS), "test")
     eeg.recordings = tuple(replace(each, subject="a") for each in eeg.recordings)

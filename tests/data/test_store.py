@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from synthetic import PLAIN, make_raw
 
-from zoo.data import store
+from zoo.data import shards, store
 from zoo.data.prepare import prepare
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
@@ -89,10 +89,10 @@ def test_threads_and_pickles_read_the_same(dataset: Dataset) -> None:
 
 
 def test_few_shards_stay_open(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
     for i in range(len(dataset)):
         dataset[i]
-    assert len(dataset._readers) == 2
+    assert len(dataset._shards._readers) == 2
 
 
 def test_large_recordings_fill_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from zoo.data.remote import Place, locate
 from zoo.data.store import Dataset, Records, write_file, write_shards
 from zoo.errors import ZooError
 
@@ -44,7 +45,11 @@ class CodeDataset(Records):
     FILE = "codes.json"
     MAKER = "zoo tokenize"
 
-    def __init__(self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:
+    def __init__(self, path: Place, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.code_sizes: tuple[int, ...] = tuple(plain["code_sizes"])
+        self.grids: tuple[tuple[int, int], ...] = tuple((rows, frames) for rows, frames in plain["grids"])
+        self._scales: list[list[list[int]]] = plain["scales"]
+        self._dtype = stored_dtype(self.code_sizes)
         super().__init__(path, plain, index)
         self.plain = plain
         self.tokenizer: dict[str, Any] = plain["tokenizer"] | {"options": _hashable(plain["tokenizer"]["options"])}
@@ -53,18 +58,19 @@ class CodeDataset(Records):
         self.window: int = plain["request"]["window"]
         self.margin: int = plain["request"]["margin"]
         self.hop: float = plain["hop"]
-        self.code_sizes: tuple[int, ...] = tuple(plain["code_sizes"])
-        self.grids: tuple[tuple[int, int], ...] = tuple((rows, frames) for rows, frames in plain["grids"])
         self.measures: dict[str, Any] = plain.get("measures", {})
-        self._scales: list[list[list[int]]] = plain["scales"]
-        self._dtype = stored_dtype(self.code_sizes)
 
     @classmethod
-    def open(cls, path: str | Path) -> CodeDataset:
-        """The codes in folder `path`; ZooError when they are missing, unfinished or damaged."""
-        path = Path(path)
+    def open(cls, path: str | Place) -> CodeDataset:
+        """The codes in folder `path`, or at that address; ZooError when they are missing, unfinished or damaged."""
+        path = locate(path)
         plain = cls.read_json(path)
         return cls(path, plain, cls.read_index(path, plain))
+
+    def _record_bytes(self, plain: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        codes = np.prod(self.grids, axis=1, dtype=np.int64) * len(self.code_sizes) * np.dtype(self._dtype).itemsize
+        scales = [4 * sum(int(np.prod(leaf)) for leaf in leaves) for leaves in self._scales]
+        return (codes + np.array(scales, np.int64))[self.recording]
 
     def __getitem__(self, i: int) -> npt.NDArray[np.int32]:
         """Codes [N, Q] of record i, −1 for none; ZooError naming the shard when its checksum does not match."""

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from zoo.data.channels import Channels, take
 from zoo.data.loader import ahead
+from zoo.data.remote import ShardCache
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
 
@@ -38,16 +39,18 @@ class Paired:
     """One modality of paired examples.
 
     Attributes:
-        prepared: folder of its prepared dataset: continuous, or windows of events
+        prepared: folder or address of its prepared dataset: continuous, or windows of events
         window_seconds: length of its part of an example
         offset_seconds: from the stimulus, or the common time, to the first sample; positive for a slow response
         channels: valid channels drawn at random for each example; 0 takes all
+        rate_hz: what the dataset must be sampled at, and `zoo plan` goes by before it is prepared; 0 takes any
     """
 
     prepared: str | Path
     window_seconds: float = 1.0
     offset_seconds: float = 0.0
     channels: int = 0
+    rate_hz: float = 0.0
 
 
 class PairedDataset:
@@ -56,7 +59,7 @@ class PairedDataset:
     datasets, options  name → dataset, and how it is cut; the first modality gives the fields of a batch that are one's
     path               the folders, for messages
 
-    ZooError for fewer than two modalities, and for a name that is a field of the batch.
+    ZooError for fewer than two modalities, for a name that is a field of the batch, and for another rate than asked.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], options: Mapping[str, Paired]) -> None:
@@ -65,14 +68,22 @@ class PairedDataset:
         for name in FIELDS:
             if name in datasets:
                 raise ZooError(f"data.paired: a modality cannot be called {name!r}: batches have a field of that name")
+        for name, dataset in datasets.items():
+            wanted = options[name].rate_hz
+            if wanted and abs(dataset.rate_hz - wanted) > 1e-6 * wanted:
+                raise ZooError(
+                    f"{dataset.path}: sampled at {dataset.rate_hz:g} Hz, data.paired.{name}.rate_hz is {wanted:g}"
+                )
         self.datasets, self.options = dict(datasets), dict(options)
         self.path = " + ".join(str(dataset.path) for dataset in datasets.values())
 
     @classmethod
-    def open(cls, options: Mapping[str, Paired], cache_bytes: int = 0) -> PairedDataset:
+    def open(
+        cls, options: Mapping[str, Paired], cache_bytes: int = 0, shard_cache: ShardCache | None = None
+    ) -> PairedDataset:
         """Opens every modality's dataset, with an equal share of `cache_bytes` each."""
         share = cache_bytes // max(len(options), 1)
-        return cls({name: Dataset.open(each.prepared, share) for name, each in options.items()}, options)
+        return cls({name: Dataset.open(each.prepared, share, shard_cache) for name, each in options.items()}, options)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.data.recording import PADDING, Montage, StoredRecording
+from zoo.data.remote import Place, ShardCache, file_sizes, locate
+from zoo.data.shards import Shards
 from zoo.errors import ZooError
 from zoo.sensors import KINDS, NAME_INDEX
 
 FORMAT = 1
 SHARD_BYTES = 1 << 28
-OPEN_SHARDS = 256
-"""Shards a dataset keeps open; a big one has more files than a process may open."""
 
 
 class Records:
@@ -40,7 +39,7 @@ class Records:
     FILE     JSON that makes the folder a finished one
     MAKER    command that writes it
 
-    path        the folder
+    path        the folder, which may be on an object store
     rate_hz     sampling rate of the recordings
     recipe      the recipe they were prepared with, as plain values
     recordings  one `StoredRecording` each
@@ -60,7 +59,13 @@ class Records:
     FILE: ClassVar[str]
     MAKER: ClassVar[str]
 
-    def __init__(self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:
+    def __init__(
+        self,
+        path: Place,
+        plain: Mapping[str, Any],
+        index: Mapping[str, npt.NDArray[Any]],
+        shard_cache: ShardCache | None = None,
+    ) -> None:
         self.path = path
         self.rate_hz = float(plain["rate_hz"])
         self.recipe: dict[str, Any] = plain["recipe"]
@@ -75,19 +80,17 @@ class Records:
         )
         self.split = index["split"]
         self.splits = {name: np.flatnonzero(self.split == code) for code, name in enumerate(plain["split"]["names"])}
-        self._shards: tuple[str, ...] = tuple(shard["file"] for shard in plain["shards"])
-        self._shard, self._position, self._crc = index["shard"], index["position"], index["crc"]
+        self._shards = Shards(path, plain["shards"], index, self._record_bytes(plain), self.MAKER, shard_cache)
         # Records come recording by recording, and by start within one: a slice of the index each.
         self._first = np.searchsorted(self.recording, np.arange(len(self.recordings) + 1))
-        self._forget_what_is_open()
 
     @classmethod
-    def read_json(cls, path: Path) -> dict[str, Any]:
+    def read_json(cls, path: Place) -> dict[str, Any]:
         """`FILE` of a finished folder; ZooError when there is none or it is of another format."""
         file = path / cls.FILE
-        if not path.is_dir():
+        if isinstance(path, Path) and not path.is_dir():
             raise ZooError(f"{path}: no such folder; wanted a dataset made by {cls.MAKER}")
-        if not file.exists():
+        if isinstance(file, Path) and not file.exists():
             raise ZooError(f"{path}: no {cls.FILE} in it: not a dataset, or {cls.MAKER} has not finished")
         try:
             plain = json.loads(_read_bytes(file))
@@ -98,32 +101,27 @@ class Records:
         return plain
 
     @classmethod
-    def read_index(cls, path: Path, plain: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    def read_index(cls, path: Place, plain: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """`index.npz`, after its checksum and the sizes of the shards."""
         packed = _read_bytes(path / "index.npz")
         if sha256(packed).hexdigest() != plain["index_sha256"]:
             raise ZooError(f"{path / 'index.npz'}: its checksum is not the one in {cls.FILE}; run {cls.MAKER} again")
+        sizes = file_sizes(path / "shards")
         for shard in plain["shards"]:
-            _check_size(path / shard["file"], shard["size"], cls.MAKER)
+            _check_size(path / shard["file"], sizes, shard["size"], cls.MAKER)
         with np.load(BytesIO(packed)) as index:
             return dict(index)
+
+    def _record_bytes(self, plain: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        """Bytes of each record as it is stored, [records]."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.recording)
 
     def packed(self, i: int) -> bytes:
-        """Record i as it is stored; ZooError naming the shard when its checksum does not match."""
-        shard = self.path / self._shards[self._shard[i]]
-        try:
-            packed = self._open(shard).read([int(self._position[i])])[0]
-        except (RuntimeError, IndexError) as error:
-            raise ZooError(f"{shard}: record {self._position[i]} cannot be read: {error}") from error
-        if zlib.crc32(packed) != self._crc[i]:
-            raise ZooError(
-                f"{shard}: record {self._position[i]} is damaged: its checksum is not the one in the index; "
-                f"delete the file and run {self.MAKER} again"
-            )
-        return packed
+        """Record i as it is stored; ZooError naming the shard when it cannot be read or its checksum does not match."""
+        return self._shards.read(i)
 
     def sensors(self, recording: int) -> dict[str, npt.NDArray[Any]]:
         """The fields of `zoo.types.Sensors` for one recording, without the batch axis."""
@@ -160,32 +158,6 @@ class Records:
                 padded[: len(table[field])] = table[field]
         return stacked, np.array(row_of)
 
-    def _open(self, shard: Path) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        with self._lock:
-            if shard in self._readers:
-                self._readers.move_to_end(shard)
-                return self._readers[shard]
-            reader = ArrayRecordReader(str(shard), options="readahead_buffer_size:0,max_parallelism:0")
-            if not reader.ok():
-                raise ZooError(f"{shard}: not a whole ArrayRecord file: truncated or overwritten")
-            self._readers[shard] = reader
-            if len(self._readers) > OPEN_SHARDS:
-                self._readers.popitem(last=False)
-            return reader
-
-    def _forget_what_is_open(self) -> None:
-        self._lock = threading.Lock()
-        self._readers: OrderedDict[Path, Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field: value for field, value in self.__dict__.items() if field not in ("_lock", "_readers", "_cache")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_what_is_open()
-
 
 class Dataset(Records):
     """A prepared dataset, opened for reading."""
@@ -194,21 +166,39 @@ class Dataset(Records):
     MAKER = "zoo prepare"
 
     def __init__(
-        self, path: Path, plain: Mapping[str, Any], index: Mapping[str, npt.NDArray[Any]], cache_bytes: int = 0
+        self,
+        path: Place,
+        plain: Mapping[str, Any],
+        index: Mapping[str, npt.NDArray[Any]],
+        shard_cache: ShardCache | None = None,
+        cache_bytes: int = 0,
     ) -> None:
-        super().__init__(path, plain, index)
+        super().__init__(path, plain, index, shard_cache)
         self._cache_bytes = cache_bytes
         self._dtype = np.dtype(self.recipe["dtype"])
+        self._forget()
 
     @classmethod
-    def open(cls, path: str | Path, cache_bytes: int = 0) -> Dataset:
+    def open(cls, path: str | Place, cache_bytes: int = 0, shard_cache: ShardCache | None = None) -> Dataset:
         """The dataset in folder `path`; ZooError when it is missing, unfinished or damaged.
 
-        The records read last are kept in memory, up to `cache_bytes`: training cuts each several times an epoch.
+        The records read last are kept in memory, up to `cache_bytes`: training cuts each several times an epoch. `path`
+        may be an address on an object store, `gs://…` or any other that fsspec knows: then records are read by their
+        byte ranges, or with a `shard_cache` whole shards are copied to it, which has to have room for all of them.
         """
-        path = Path(path)
+        path = locate(path)
         plain = cls.read_json(path)
-        return cls(path, plain, cls.read_index(path, plain), cache_bytes)
+        total = sum(shard["size"] for shard in plain["shards"])
+        if shard_cache is not None and not isinstance(path, Path) and total > shard_cache.limit:
+            raise ZooError(
+                f"{path}: {total / 1e9:.3g} GB of shards, data.shard_gigabytes is {shard_cache.limit / 1e9:.3g}; "
+                "wanted at least as much, or 0 to read records by byte range"
+            )
+        return cls(path, plain, cls.read_index(path, plain), shard_cache, cache_bytes)
+
+    def _record_bytes(self, plain: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        channels = np.array([len(self.montages[each.montage].names) for each in self.recordings])
+        return channels[self.recording] * self.length * np.dtype(self.recipe["dtype"]).itemsize
 
     def __getitem__(self, i: int) -> npt.NDArray[np.float32]:
         """Record i, [C, T] float32, to be read only; ZooError naming the shard when its checksum does not match."""
@@ -253,23 +243,31 @@ class Dataset(Records):
             at += record.shape[1]
         return signal
 
-    def _forget_what_is_open(self) -> None:
-        super()._forget_what_is_open()
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
         self._cache: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field: value for field, value in self.__dict__.items() if field not in ("_lock", "_cache")}
 
-def _read_bytes(file: Path) -> bytes:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def _read_bytes(file: Place) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise ZooError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _check_size(file: Path, size: int, maker: str) -> None:
-    if not file.exists():
+def _check_size(file: Place, sizes: Mapping[str, int | None], size: int, maker: str) -> None:
+    name = str(file).rpartition("/")[2]
+    if name not in sizes:
         raise ZooError(f"{file}: missing; run {maker} again")
-    if file.stat().st_size != size:
-        raise ZooError(f"{file}: {file.stat().st_size} bytes, wanted {size}: truncated or overwritten")
+    if sizes[name] not in (size, None):
+        raise ZooError(f"{file}: {sizes[name]} bytes, wanted {size}: truncated or overwritten")
 
 
 def write_records(folder: Path, file: str, plain: dict[str, Any], index: Mapping[str, npt.NDArray[Any]]) -> None:

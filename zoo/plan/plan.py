@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -167,10 +168,13 @@ def example(config: Config, channels: int = 0) -> Batch:
     if not count or not rate:
         from zoo.data.store import Dataset
 
-        if not (data.prepared / "dataset.json").is_file():
+        from zoo.data.remote import locate
+
+        place = locate(data.prepared)
+        if isinstance(place, Path) and not (place / "dataset.json").is_file():
             lacking = "channels: give --channels" if not count else "rate: give --data.recipe.rate-hz"
             raise ZooError(f"{data.prepared} is not prepared yet and nothing tells its {lacking}")
-        dataset = Dataset.open(data.prepared)
+        dataset = Dataset.open(place)
         count, rate = count or dataset.n_channels, rate or dataset.rate_hz
     samples = round(data.window_seconds * rate)
     where, index = np.zeros((1, count, 3), np.float32), np.zeros((1, count), np.int32)

@@ -25,7 +25,8 @@ class Data:
 
     Attributes:
         source: a sample's name (`zoo fetch`), an `mne:` dataset, or a file or folder of recordings
-        prepared: folder of the prepared dataset; made from `source` with `recipe` when it is not there
+        prepared: folder of the prepared dataset, made from `source` with `recipe` when it is not there; or its address
+            on an object store (`gs://…`, `s3://…`)
         paired: modality → dataset whose windows answer the same stimulus, or the same time; instead of `prepared`
         pair_by: what paired windows share: a stimulus (an event's label), a stimulus of one subject, or the time
         stimuli: regular expression of the event labels that are stimuli, the whole label
@@ -39,12 +40,14 @@ class Data:
         mask_ratio: share of the patches of valid channels that is masked
         channels: valid channels drawn at random for each training example; 0 takes all
         cache_gigabytes: memory for the records read last, on each host
+        shard_gigabytes: disk for copies of shards that lie on object stores, on each host; 0 keeps none and reads each
+            record by its byte range, which wants many `threads`
         threads: batches read at a time
         prefetch: batches held ready
     """
 
     source: str = ""
-    prepared: Path = Path("prepared")
+    prepared: str | Path = Path("prepared")
     paired: Mapping[str, Paired] = field(default_factory=dict)
     pair_by: Key = "stimulus"
     stimuli: str = r"(?i)(?!bad).*"
@@ -58,6 +61,7 @@ class Data:
     mask_ratio: float = 0.5
     channels: int = 0
     cache_gigabytes: float = 1.0
+    shard_gigabytes: float = 0.0
     threads: int = 1
     prefetch: int = 4
 
