@@ -81,21 +81,34 @@ def moba_blocks(
     check_segment_ids(op, segment_ids, sizes)
     _check(op, {"q": q, "k": k}, sizes, block_size, top_k)
     q, k = lax.stop_gradient(jnp.asarray(q)), lax.stop_gradient(jnp.asarray(k))
-    batch, time, heads, _ = q.shape
-    blocks = -(-time // block_size)
+    batch, time, _, _ = q.shape
     ids = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else runs(segment_ids)
-    last = jnp.minimum(jnp.arange(1, blocks + 1) * block_size, time) - 1
+    means = block_means(k, ids, block_size)
+    return chosen_blocks(q, means, begins(ids), 0, block_size, top_k)
+
+
+def block_means(k: jax.Array, ids: jax.Array, block_size: int) -> jax.Array:
+    """Of the keys of each block that are in the segment of its last: [B, J, G, K], at least float32."""
+    time = k.shape[1]
+    last = jnp.minimum(jnp.arange(1, -(-time // block_size) + 1) * block_size, time) - 1
     counted = (ids == jnp.repeat(ids[:, last], block_size, axis=1)[:, :time])[..., None, None]
     counts = _block_sums(counted.astype(jnp.float32), block_size)
-    means = _block_sums(jnp.where(counted, k, 0), block_size) / counts
+    return _block_sums(jnp.where(counted, k, 0), block_size) / counts
 
+
+def chosen_blocks(
+    q: jax.Array, means: jax.Array, begun: jax.Array, start: int | jax.Array, block_size: int, top_k: int
+) -> jax.Array:
+    """[B, T, H, top_k] for queries from time `start` on, in segments that began at `begun` [B, T]."""
+    batch, time, heads, _ = q.shape
+    blocks = means.shape[1]
     size = min(max(SCORES * dispatch.block_rows() // max(batch * heads * blocks, 1), 16), max(time, 1))
     pieces = -(-time // size)
-    q, begun = (jnp.pad(x, [(0, 0), (0, pieces * size - time)] + [(0, 0)] * (x.ndim - 2)) for x in (q, begins(ids)))
+    q, begun = (jnp.pad(x, [(0, 0), (0, pieces * size - time)] + [(0, 0)] * (x.ndim - 2)) for x in (q, begun))
 
     def choose(first: jax.Array) -> jax.Array:
         here = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
-        return _best(here(q), means, first + jnp.arange(size), here(begun), block_size, top_k)
+        return _best(here(q), means, start + first + jnp.arange(size), here(begun), block_size, top_k)
 
     chosen = jnp.moveaxis(lax.map(choose, size * jnp.arange(pieces)), 0, 1)
     return chosen.reshape(batch, pieces * size, heads, top_k)[:, :time]

@@ -147,3 +147,43 @@ def _merged(one: Results, other: Results) -> Results:
     finite = jnp.where(both == -jnp.inf, 0, both)
     share, other_share = (jnp.exp(x - finite)[..., None] for x in (log, other_log))
     return share * out + other_share * other_out.astype(out.dtype), both
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def reordered(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any:
+    """Arrays [B, T / P, …] of this device, T in all → this device's part of them with all tokens in another order.
+
+    order    [B, T / P] integers: where among all T each of this device's tokens is afterwards taken from
+    inverse  where each is to be taken from to undo it
+    """
+    size, index, length = lax.axis_size(axis), lax.axis_index(axis), order.shape[1]
+
+    def step(distance: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        taken, visiting = carry
+        place = order - (index - distance) % size * length
+        here = (place >= 0) & (place < length)
+
+        def put(x: jax.Array, taken: jax.Array) -> jax.Array:
+            to_rows = tuple(range(2, x.ndim))
+            own = jnp.take_along_axis(x, jnp.expand_dims(jnp.where(here, place, 0), to_rows), axis=1)
+            return jnp.where(jnp.expand_dims(here, to_rows), own, taken)
+
+        return jax.tree.map(put, visiting, taken), passed_on(visiting, axis, size)
+
+    return lax.fori_loop(0, size, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
+
+
+def _reordered_forward(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any:
+    return reordered(axis, tree, order, inverse), (order, inverse)
+
+
+def _reordered_backward(axis: str, kept: Any, cotangent: Any) -> Any:
+    order, inverse = kept
+    leaves, structure = jax.tree.flatten(cotangent)
+    floating = [x for x in leaves if x.dtype != jax.dtypes.float0]
+    moved = iter(reordered(axis, floating, inverse, order))
+    leaves = [x if x.dtype == jax.dtypes.float0 else next(moved) for x in leaves]
+    return jax.tree.unflatten(structure, leaves), None, None
+
+
+reordered.defvjp(_reordered_forward, _reordered_backward)

@@ -75,19 +75,30 @@ def select_blocks(
     wanted = compressed_blocks(sizes["T"], compression_block, stride)
     if sizes["N"] != wanted:
         raise ValueError(f"{op}: k_compressed: got N={sizes['N']}, wanted {wanted} for T={sizes['T']}")
-    heads = sizes["H"] // sizes["G"]
-    refusal = tpu.refusal(form, sizes["T"], heads, sizes["K"], jnp.result_type(q, k_compressed))
-    dispatch.check_implementation(op, implementation, refusal)
-
     q, k_compressed = lax.stop_gradient(jnp.asarray(q)), lax.stop_gradient(jnp.asarray(k_compressed))
     begun = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else begins(segment_ids)
+    return select(form, q, k_compressed, begun, implementation)
+
+
+def select(
+    form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax.Array, implementation: str | None
+) -> jax.Array:
+    """The same of canonical arguments (`kernels.select_blocks.form`), whose queries may be those of a stretch of time.
+
+    Raises:
+      NotImplementedError: "pallas" where it cannot serve.
+    """
+    batch, time, heads, width = q.shape
+    groups = k_compressed.shape[2]
+    refusal = tpu.refusal(form, time, heads // groups, width, jnp.result_type(q, k_compressed))
+    dispatch.check_implementation("select_blocks", implementation, refusal)
     if q.size == 0:
-        return jnp.full((*q.shape[:2], sizes["G"], selected_blocks), -1)
+        return jnp.full((batch, time, groups, form.selected), -1)
     if implementation == "reference":
-        time = jnp.arange(sizes["T"])[None]
-        return reference.select_blocks(form, q, k_compressed, time, begun, form.blocks(sizes["T"]))
+        times = form.start + jnp.arange(time)[None]
+        return reference.select_blocks(form, q, k_compressed, times, begins, form.blocks(form.start + time))
     by_blocks, by_tiles = partial(xla.select_blocks, form), partial(tpu.select_blocks, form)
-    return dispatch.run(implementation, refusal, by_blocks, by_tiles, q, k_compressed, begun)
+    return dispatch.run(implementation, refusal, by_blocks, by_tiles, q, k_compressed, begins)
 
 
 def check_blocks(op: str, block_size: int, stride: int, compression_block: int) -> None:

@@ -22,6 +22,8 @@ class Form:
     """How many blocks a query gets."""
     initial: int
     local: int
+    start: int = 0
+    """The time of the first query; keys are those of all times."""
 
     @property
     def ratio(self) -> int:

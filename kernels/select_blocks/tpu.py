@@ -31,7 +31,7 @@ def refusal(form: Form, time: int, heads: int, width: int, dtype: jnp.dtype) -> 
         return f"computes in float32 or bfloat16, these arguments need {dtype}"
     if form.compression_block - form.stride > form.block_size:
         return f"takes compressed blocks of at most block_size + stride tokens, got {form.compression_block}"
-    rows = _padded_blocks(form, time)
+    rows = _padded_blocks(form, form.start + time)
     lanes = pl.cdiv(width, LANES) * LANES
     tiles = (form.ratio * rows + heads * LANES) * lanes * jnp.dtype(dtype).itemsize * 2
     needed = tiles + (form.ratio + 2) * rows * LANES * 4
@@ -62,7 +62,8 @@ def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax
     q = jnp.pad(q.astype(dtype), ((0, 0), (0, filling), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
     q = q.reshape(batch, groups, shared, tiles * LANES, width)
     begins = jnp.pad(begins, ((0, 0), (0, filling)))[:, None]
-    rows, chunk = _padded_blocks(form, time), _chunk_blocks(form, time)
+    ended = form.start + time
+    rows, chunk = _padded_blocks(form, ended), _chunk_blocks(form, ended)
     keys = phase_major(form, k_compressed.astype(dtype), rows)
     keys = keys.reshape(batch, groups, form.ratio, rows // chunk, chunk, width).swapaxes(2, 3)
     keys = keys.reshape(batch, groups, rows // chunk, form.ratio * chunk, width)
@@ -120,7 +121,7 @@ def _select(
     `s` holds a head's scores of compressed keys, `head` its probabilities by block before they are divided by their
     sum, `score` the blocks' scores so far, `found` [n, R] the blocks chosen, the best first.
     """
-    first = pl.program_id(2) * LANES
+    first = form.start + pl.program_id(2) * LANES
     time = first + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     begins = begins_ref[...]
     begun = jnp.minimum(lax.div(first + LANES - 1, form.block_size) + 1, score_ref.shape[0])

@@ -23,24 +23,24 @@ def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax
     batch, time = q.shape[:2]
     groups = k_compressed.shape[2]
     dtype, precision = compute_dtype(q, k_compressed)
-    blocks = form.blocks(time)
+    blocks = form.blocks(form.start + time)
     keys = phase_major(form, k_compressed.astype(dtype), blocks)
     most = WIDTH * dispatch.block_rows() // (batch * groups * blocks * form.ratio)
     size = min(max(most // MIN_QUERIES, 1) * MIN_QUERIES, time)
     pieces = -(-time // size)
     filling = pieces * size - time
     q = jnp.pad(q, ((0, 0), (0, filling), (0, 0), (0, 0)))
-    begins = jnp.pad(begins, ((0, 0), (0, filling)), constant_values=time)
+    begins = jnp.pad(begins, ((0, 0), (0, filling)), constant_values=form.start + time)
 
     def select(keys: jax.Array, first: jax.Array) -> jax.Array:
         here = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
-        return _select(form, precision, here(q).astype(dtype), keys, here(begins), first)
+        return _select(form, precision, here(q).astype(dtype), keys, here(begins), form.start + first)
 
     chosen = []
     length = -(-pieces // STRETCHES)
     for start in range(0, pieces, length):
         end = min(start + length, pieces)
-        ended = min(form.blocks(end * size), blocks)
+        ended = min(form.blocks(form.start + end * size), blocks)
         firsts = size * jnp.arange(start, end, dtype=jnp.int32)
         chosen.append(lax.map(partial(select, keys[:, :, :, :ended]), firsts))
     ids = jnp.moveaxis(jnp.concatenate(chosen), 0, 1)

@@ -131,6 +131,25 @@ def _interval(batch, time, causal, segment_ids):
     return first, lax.cummin(jnp.where(ends, token, time), axis=1, reverse=True)
 
 
+def attend_piece(form: Form, implementation: str | None, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`attend` of canonical arguments without its gradients: to one of several sets of keys, by whoever merges them."""
+    return _attend(implementation, _refusal(form, implementation, *arrays[:4]), form, *arrays)
+
+
+def piece_gradients(form: Form, implementation: str | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """What one set adds to d_q, its d_k and d_v; after canonical arguments those of `of_queries`: out and
+    log_normalizer of all sets, and the cotangents of both."""
+    refusal = _refusal(form, implementation, *arrays[:4])
+    return _attend_backward(implementation, refusal, form, arrays[:8], arrays[8:])[:3]
+
+
+def _refusal(form, implementation, q, k, v, blocks):
+    dtype, widths = jnp.result_type(q, k, v), (k.shape[3], v.shape[3])
+    refusal = tpu.refusal(dtype, q.shape[1], widths, q.shape[2] // blocks.shape[2], form.block_size)
+    dispatch.check_implementation("selected_attention", implementation, refusal)
+    return refusal
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(implementation, refusal, form, q, k, v, blocks, first, last):
     run = partial(dispatch.run, implementation, refusal)

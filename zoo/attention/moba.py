@@ -5,14 +5,17 @@ Source: Lu et al., "MoBA" (2502.13189), §2.2, and the authors' code (MoonshotAI
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from kernels.moba import MobaCache, moba, moba_cache, moba_step
+from kernels.split_blocks import split_moba
 from zoo.attention.caches import KeepAll
 from zoo.attention.native_sparse import closing_gaps
-from zoo.attention.softmax import HEADS, Softmax
+from zoo.attention.softmax import SPLIT_HEADS, SPLIT_IDS, Softmax
 from zoo.errors import ZooError
-from zoo.layers.devices import on_devices
+from zoo.layers.devices import over_time
 from zoo.types import Array
 
 
@@ -24,7 +27,8 @@ class MoBA(Softmax):
 
     The other options are those of `Softmax`; means are of turned keys, as in the authors' code. Tokens that are not
     there are left out before blocks are counted; those of a segment lie on the grid of the row. A step chooses blocks
-    as training does, where the authors' code attends to all tokens.
+    as training does, where the authors' code attends to all tokens. Where time is split over devices mean keys go to
+    all of them, and keys and values go round.
     """
 
     block_size: int = 256
@@ -45,13 +49,15 @@ class MoBA(Softmax):
         return moba_cache(nothing, nothing, capacity=capacity, block_size=self.block_size)
 
     def mixed(self, q: Array, k: Array, v: Array, segment_ids: Array | None, mask: Array | None) -> Array:
-        def op(q: Array, k: Array, v: Array, *ids: Array) -> Array:
-            own = ids[0] if ids else None
-            return moba(q, k, v, block_size=self.block_size, top_k=self.top_k, segment_ids=own)
+        def op(q: Array, k: Array, v: Array, *ids: Array, axis: str | None) -> Array:
+            options: dict[str, Any] = {"block_size": self.block_size, "top_k": self.top_k}
+            options["segment_ids"] = ids[0] if ids else None
+            return moba(q, k, v, **options) if axis is None else split_moba(q, k, v, axis=axis, **options)
 
         def mix(arrays: tuple[Array, ...], segment_ids: Array | None) -> Array:
             ids = () if segment_ids is None else (segment_ids,)
-            return on_devices(op, (*arrays, *ids), (HEADS,) * 3 + (("batch", None),) * len(ids), HEADS)
+            axes = (SPLIT_HEADS,) * 3 + (SPLIT_IDS,) * len(ids)
+            return over_time(op, (*arrays, *ids), axes, SPLIT_HEADS, self.block_size)
 
         return closing_gaps(mix, (q, k, v), segment_ids, mask)
 

@@ -21,9 +21,11 @@ from kernels.native_sparse_attention import (
     native_sparse_cache,
 )
 from kernels.packing import runs
-from zoo.attention.softmax import HEADS, group_count, prompt_length
+from kernels.ring import reordered as reordered_on_devices
+from kernels.split_blocks import split_native_sparse_attention
+from zoo.attention.softmax import SPLIT_HEADS, SPLIT_IDS, group_count, prompt_length
 from zoo.errors import ZooError
-from zoo.layers.devices import Axes, on_devices
+from zoo.layers.devices import Axes, over_time, splits_time
 from zoo.layers.mixer import Mixer, head_count
 from zoo.layers.parameters import fan_in, merge_heads, partitioned, split_heads
 from zoo.layers.rotary import BASE, rotate, times
@@ -117,7 +119,8 @@ class NativeSparse(Mixer):
                       know the order of their tokens
 
     Gates are one for each head and branch, a linear map of the input. Tokens that are not there are left out before
-    blocks are counted; those of a segment lie on the grid of the row.
+    blocks are counted; those of a segment lie on the grid of the row. Where time is split over devices compressed keys
+    and values go to all of them, those of selected blocks go round, and the window asks the neighbours.
     """
 
     heads: int | None = None
@@ -235,13 +238,15 @@ class NativeSparse(Mixer):
         ids = () if segment_ids is None else (segment_ids,)
         leaves, tree = jax.tree.flatten((arrays, weights, ids))
 
-        def op(*leaves: Array) -> Array:
+        def op(*leaves: Array, axis: str | None) -> Array:
             (q, k, v, gates), weights, ids = jax.tree.unflatten(tree, leaves)
-            own = ids[0] if ids else None
-            return native_sparse_attention(q, k, v, gates, segment_ids=own, **self.options(weights))
+            options = {"segment_ids": ids[0] if ids else None, **self.options(weights)}
+            if axis is None:
+                return native_sparse_attention(q, k, v, gates, **options)
+            return split_native_sparse_attention(q, k, v, gates, axis=axis, **options)
 
-        axes = (HEADS,) * 10 + self.compressions[0].axes * 2 + (("batch", None),) * len(ids)
-        return on_devices(op, leaves, axes, HEADS)
+        axes = (SPLIT_HEADS,) * 10 + self.compressions[0].axes * 2 + (SPLIT_IDS,) * len(ids)
+        return over_time(op, leaves, axes, SPLIT_HEADS, stretch(self))
 
 
 def sixteenth(heads: int) -> int:
@@ -265,6 +270,11 @@ def check_blocks(mixer: str, options: Any) -> None:
         )
 
 
+def stretch(options: Any) -> int:
+    """What the tokens of a device are a multiple of where time is split: blocks, and as long as a compressed one."""
+    return options.block_size * max(-(-(options.compression_block - options.stride) // options.block_size), 1)
+
+
 def closing_gaps(mix: Any, arrays: Any, segment_ids: Array | None, mask: Array | None) -> Array:
     """mix(arrays, segment_ids) of the tokens that are there, moved together; a pytree of [B, T, ...] → [B, T, ...].
 
@@ -276,10 +286,28 @@ def closing_gaps(mix: Any, arrays: Any, segment_ids: Array | None, mask: Array |
     order = jnp.argsort(~mask, axis=1, stable=True)
     ids = jnp.zeros(mask.shape, jnp.int32) if segment_ids is None else runs(segment_ids)
     ids = jnp.where(mask, ids, mask.shape[1])
-    out = mix(jax.tree.map(partial(reordered, order=order), arrays), reordered(ids, order))
-    return reordered(out, jnp.argsort(order, axis=1))
+    back = jnp.argsort(order, axis=1)
+    arrays, ids = reordered((arrays, ids), order, back)
+    return reordered(mix(arrays, ids), back, order)
 
 
-def reordered(x: Array, order: Array) -> Array:
-    """x [B, T, ...] with its tokens in the order [B, T]."""
-    return jnp.take_along_axis(x, jnp.expand_dims(order, tuple(range(2, x.ndim))), axis=1)
+def reordered(tree: Any, order: Array, back: Array) -> Any:
+    """Arrays [B, T, ...] with their tokens in the order [B, T], which `back` undoes.
+
+    Where time is split over devices the tokens go round, unless all are in their places.
+    """
+    if not splits_time(order.shape[1]):
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, jnp.expand_dims(order, range(2, x.ndim)), axis=1), tree)
+    leaves, structure = jax.tree.flatten((tree, order, back))
+
+    def op(*leaves: Array, axis: str | None) -> tuple[Array, ...]:
+        assert axis is not None
+        return tuple(jax.tree.leaves(reordered_on_devices(axis, *jax.tree.unflatten(structure, leaves))))
+
+    def moved(*leaves: Array) -> tuple[Array, ...]:
+        axes = tuple((*SPLIT_HEADS, None)[: x.ndim] if x.ndim > 3 else (*SPLIT_IDS, None)[: x.ndim] for x in leaves)
+        return over_time(op, leaves, axes, axes[:-2])
+
+    there = jnp.all(order == jnp.arange(order.shape[1]))
+    found = jax.lax.cond(there, lambda *leaves: leaves[:-2], moved, *leaves)
+    return jax.tree.unflatten(jax.tree.structure(tree), found)

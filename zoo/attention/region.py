@@ -66,10 +66,10 @@ class Region(Softmax):
         # Sorted, a region is a run of equal ids, and blocks of queries and keys of other regions are skipped.
         order = jnp.broadcast_to(jnp.argsort(labels, axis=1, stable=True), q.shape[:2])
         labels = jnp.broadcast_to(labels, q.shape[:2])
-        q, k, v, labels = (reordered(x, order) for x in (q, k, v, labels))
-        mask = None if mask is None else reordered(mask, order)
+        back = jnp.argsort(order, axis=1)
+        q, k, v, labels, mask = reordered((q, k, v, labels, mask), order, back)
         out = masked_attention(q, k, v, Full(), segment_ids=labels, mask=mask, scale=scale)
-        return reordered(out, jnp.argsort(order, axis=1))
+        return reordered(out, back, order)
 
     @nn.nowrap
     def labels(self, length: int, segment_ids: Array | None) -> Array | None:
