@@ -1,7 +1,7 @@
 """Brain Zoo: any brain signal, any tokenizer, any encoder, one sharded training loop.
 
-The face is `create`, `load`, `export` and `list_models`, and `nnx` and `variables` for those who write NNX; everything
-else is imported from its room.
+The face is `create`, `load`, `export` and `list_models`; `nnx` and `variables` for those who write NNX; and for serving
+`export_program` and `load_program`. Everything else is imported from its room.
 """
 
 from __future__ import annotations
@@ -21,18 +21,33 @@ if getattr(kernels, "DISTRIBUTION", None) != "brain-zoo":
 
 if TYPE_CHECKING:
     from zoo.bridge import nnx, variables
+    from zoo.program import load_program
     from zoo.registry import create, list_models, load
+    from zoo.serving import export_program
     from zoo.weights.folder import export
     from zoo.weights.load import load_head
 
-__all__ = ["__version__", "create", "export", "list_models", "load", "load_head", "nnx", "variables"]
+__all__ = [
+    "__version__",
+    "create",
+    "export",
+    "export_program",
+    "list_models",
+    "load",
+    "load_head",
+    "load_program",
+    "nnx",
+    "variables",
+]
 
 _FACE = {
     "create": "zoo.registry",
     "load": "zoo.registry",
     "list_models": "zoo.registry",
     "export": "zoo.weights.folder",
+    "export_program": "zoo.serving",
     "load_head": "zoo.weights.load",
+    "load_program": "zoo.program",
     "nnx": "zoo.bridge",
     "variables": "zoo.bridge",
 }

@@ -24,6 +24,7 @@ usage: zoo COMMAND …
   generate RUN OUT           new signals from a next-code model, and their spectra beside real ones
   embed FILE                 windows of a recording → features of a trained encoder, with their times
   convert SOURCE OUT         weights of another framework → a folder of ours, every tensor accounted for
+  export-program MODEL OUT   a trained model → a program (StableHLO) that is served without the model's code
   list [PATTERN]             models, weights, samples and recipes whose name holds PATTERN
   info NAME                  parameters, inputs and paper of a model, or of published weights
 
@@ -236,6 +237,18 @@ def convert(arguments: Sequence[str]) -> None:
     run(source, out, chosen)
 
 
+def export_program(arguments: Sequence[str]) -> None:
+    """zoo export-program MODEL OUT [OPTIONS]"""
+    from zoo.serving import Options
+    from zoo.serving import run as export
+    from zoo.terminal import parse
+
+    words, options = _split_words(arguments)
+    chosen = parse(Options, options, prog="zoo export-program MODEL OUT")
+    model, out = _words(words, "zoo export-program MODEL OUT", 2)
+    export(model, out, chosen)
+
+
 def list_names(arguments: Sequence[str]) -> None:
     """zoo list [PATTERN]"""
     pattern = (_words(arguments, "zoo list [PATTERN]", 0, 1) or [""])[0]
@@ -301,6 +314,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "generate": generate,
     "embed": embed,
     "convert": convert,
+    "export-program": export_program,
     "list": list_names,
     "info": info,
 }

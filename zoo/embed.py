@@ -250,13 +250,21 @@ def _encoder(weights: Weights, tokenizer: str | Path) -> tuple[Encoder, Variable
         raise ZooError(f"{weights.name}: a tokenizer gives codes (`zoo tokenize`), wanted an encoder's weights")
     if not isinstance(module, Encoder):
         raise ZooError(f"{weights.name}: {type(module).__name__} encodes no windows of recordings")
+    return module, with_tokenizer(weights, tokenizer)
+
+
+def with_tokenizer(weights: Weights, tokenizer: str | Path = "") -> Variables:
+    """All variables of a model, those of its tokenizer from other weights where it came without them.
+
+    Raises ZooError for a tokenizer that is lacking, or that is given and is not.
+    """
     if not weights.lacks:
         if tokenizer:
             raise ZooError(f"{weights.name}: it lacks no tokenizer, got {tokenizer}")
-        return module, weights.variables
+        return weights.variables
     if not tokenizer:
         raise ZooError(f"{weights.name}: it reads through a tokenizer that it came without: name one (--tokenizer)")
-    return module, {**weights.variables, COLLECTION: load_weights(tokenizer).variables}
+    return {**weights.variables, COLLECTION: load_weights(tokenizer).variables}
 
 
 def known_recipe(weights: Weights, recipe: str | Recipe = "") -> Recipe:

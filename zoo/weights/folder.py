@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -123,12 +124,7 @@ def write_folder(weights: Weights, folder: str | Path, files: Mapping[str, str] 
     arch, options = described(weights.module)
     tensors = _named(weights.variables) | {f"{HEAD}/{name}": leaf for name, leaf in _named(weights.head).items()}
     lacks = _fitted(tensors, weights.module, weights.classes, weights.extra)[2]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ZooError(f"{folder}: exists and is not empty; choose another folder")
-    with disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as scratch:
         write(scratch / TENSORS, tensors, {"format": "brain-zoo", "model": arch})
         config = {
             "format": FORMAT,
@@ -139,7 +135,7 @@ def write_folder(weights: Weights, folder: str | Path, files: Mapping[str, str] 
             "lacks": list(lacks),
             "extra": list(weights.extra),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights.variables.get("params", {}))),
-            "input": _input(weights),
+            "input": input_of(weights),
             "about": dict(weights.about),
             "weights_sha256": file_sha256(scratch / TENSORS),
             "versions": {package: version(package) for package in PACKAGES},
@@ -147,12 +143,29 @@ def write_folder(weights: Weights, folder: str | Path, files: Mapping[str, str] 
         write_json(scratch / CONFIG, config)
         for name, text in {CARD: _card(config), **(files or {})}.items():
             write_file(scratch / name, text.encode())
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, which takes its name when all is written, and is gone where it is not.
+
+    Raises ZooError where `folder` holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ZooError(f"{folder}: exists and is not empty; choose another folder")
+    with disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
         with disk_errors(folder):
             scratch.chmod(0o755)
+            for file in scratch.iterdir():
+                file.chmod(0o644)  # safetensors lets only its writer read
             os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 def read_folder(folder: str | Path) -> Weights:
@@ -297,7 +310,8 @@ def _fitted(
     return part_of(filled, MODEL), part_of(filled, HEAD), lacks
 
 
-def _input(weights: Weights) -> dict[str, Any]:
+def input_of(weights: Weights) -> dict[str, Any]:
+    """What a recording must be for a model, as plain values."""
     module: Any = weights.module
     montage = getattr(module, "montage", None)
     return {
