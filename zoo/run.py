@@ -161,6 +161,7 @@ def open_data(config: Config) -> Dataset | PairedDataset:
         return open_dataset(config)
     for name, given in (
         ("data.source", data.source),
+        ("data.mix", data.mix),
         ("data.mask_patch", data.mask_patch),
         ("probe.classes", config.probe.classes),
     ):
@@ -176,14 +177,42 @@ def open_data(config: Config) -> Dataset | PairedDataset:
 
 
 def open_dataset(config: Config) -> Dataset:
-    """The prepared dataset, fetched and prepared first when it is not there. With several processes one prepares."""
+    """The prepared dataset, fetched and prepared first when it is not there; or the mixture that `data.mix` names.
+
+    With several processes one prepares.
+    """
+    data = config.data
+    if data.mix:
+        from zoo.data.mixture import Mixture
+
+        if data.source:
+            raise ZooError("data.source is given beside data.mix, which takes prepared datasets as they are")
+        dataset: Dataset = Mixture.open_all(data.mix, int(data.cache_gigabytes * 1e9), _shard_cache(data))
+    else:
+        dataset = _open_prepared(data)
+    for montage in dataset.montages:
+        if hasattr(config.task, "check_recording"):
+            config.task.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
+        elif hasattr(config.task, "check_sensors"):
+            config.task.check_sensors(montage.canonical)
+    if hasattr(config.task, "check_positions"):
+        from zoo.types import Sensors
+
+        config.task.check_positions(Sensors(**dataset.sensor_tables()[0]))
+    if config.probe.classes and dataset.classes and not hasattr(config.task, "predict"):
+        raise ZooError(f"{dataset.path}: holds windows of events; a probe cuts its own, from continuous records")
+    if hasattr(config.task, "check_labels"):
+        config.task.check_labels(tuple(config.probe.classes) or dataset.classes, len(dataset.people))
+    return dataset
+
+
+def _open_prepared(data: Data) -> Dataset:
     import jax
 
     from zoo.data.prepare import prepare
     from zoo.data.remote import locate
     from zoo.data.store import Dataset
 
-    data = config.data
     place = locate(data.prepared)
     if data.source and not isinstance(place, Path):
         raise ZooError(
@@ -202,21 +231,7 @@ def open_dataset(config: Config) -> Dataset:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices("data prepared")
-    dataset = Dataset.open(place, int(data.cache_gigabytes * 1e9), _shard_cache(data))
-    for montage in dataset.montages:
-        if hasattr(config.task, "check_recording"):
-            config.task.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
-        elif hasattr(config.task, "check_sensors"):
-            config.task.check_sensors(montage.canonical)
-    if hasattr(config.task, "check_positions"):
-        from zoo.types import Sensors
-
-        config.task.check_positions(Sensors(**dataset.sensor_tables()[0]))
-    if config.probe.classes and dataset.classes and not hasattr(config.task, "predict"):
-        raise ZooError(f"{dataset.path}: holds windows of events; a probe cuts its own, from continuous records")
-    if hasattr(config.task, "check_labels"):
-        config.task.check_labels(tuple(config.probe.classes) or dataset.classes, len(dataset.people))
-    return dataset
+    return Dataset.open(place, int(data.cache_gigabytes * 1e9), _shard_cache(data))
 
 
 def _shard_cache(data: Data) -> ShardCache | None:
@@ -370,11 +385,13 @@ def make_batches(
 def make_loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int], channels: int) -> Loader:
     """The run's batches of one part of the split of one dataset, with `channels` drawn for each example (0: all)."""
     from zoo.data.loader import Loader
+    from zoo.data.mixture import MixedLoader, Mixture
 
     data = config.data
     if part not in dataset.splits:
         raise ZooError(f"{dataset.path}: its split has no part {part!r}, only {', '.join(dataset.splits)}")
-    return Loader(
+    kind = MixedLoader if isinstance(dataset, Mixture) else Loader
+    return kind(
         dataset,
         dataset.splits[part],
         window=round(data.window_seconds * dataset.rate_hz),

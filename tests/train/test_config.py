@@ -110,5 +110,5 @@ def test_every_option_is_listed_once_by_help(file, capsys):
     listed = capsys.readouterr().out
     names = list(option_names(load_config(file)))
     assert len(names) == len(set(names)) > 60
-    # What need not be there is named in the file: a window, modalities.
-    assert [name for name in names if f"--{name}" not in listed] == ["data.paired", "data.recipe.window"]
+    # What need not be there is named in the file: a window, a mixture, modalities.
+    assert [name for name in names if f"--{name}" not in listed] == ["data.mix", "data.paired", "data.recipe.window"]

@@ -102,7 +102,7 @@ class Loader:
         self._channels = Channels(dataset, channels)
         self.channels = self._channels.count
         """Channels of a batch."""
-        self._stream = self._examples(np.repeat(records, windows))
+        self._stream = self._examples(records, windows)
 
     @property
     def epoch_steps(self) -> float:
@@ -133,14 +133,10 @@ class Loader:
         """
         return ahead(self._batch, step, self.batch_size, self._threads, self._prefetch)
 
-    def _examples(self, records: npt.NDArray[np.int64]) -> Any:
+    def _examples(self, records: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]) -> Any:
         """The endless stream of examples that all hosts agree on, by index."""
-        import grain
-
-        def cut(place: int, rng: np.random.Generator) -> dict[str, Any]:
-            return self._cut(records[place], rng)
-
-        return grain.MapDataset.range(len(records)).seed(self.seed).shuffle().repeat().random_map(cut)
+        order = Order(records, windows, self.seed)
+        return order.places.random_map(lambda place, rng: self._cut(order.record(place), rng))
 
     def _cut(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         """A random window of a record, [channels, T], which channels of the padded montage these are, and its mask.
@@ -174,6 +170,28 @@ class Loader:
             "label": self._label[record].astype(np.int32),
             "subject": self.dataset.person[recording].astype(np.int32),
         }
+
+
+class Order:
+    """Windows of records in an order that is shuffled anew every epoch, without a table of windows.
+
+    records  [·] int64 record indices
+    windows  [·] int64, how often each is taken an epoch
+    seed     of the shuffle
+    places   what is shuffled: an endless `grain.MapDataset` of places among an epoch's windows
+    """
+
+    def __init__(self, records: npt.NDArray[np.int64], windows: npt.NDArray[np.int64], seed: int) -> None:
+        import grain
+
+        self._records, self._ends = records, np.cumsum(windows)
+        self.size = int(self._ends[-1])
+        """Windows of an epoch."""
+        self.places = grain.MapDataset.range(self.size).seed(seed).shuffle().repeat()
+
+    def record(self, place: int) -> int:
+        """The record that the window at a place is of."""
+        return int(self._records[np.searchsorted(self._ends, place, side="right")])
 
 
 def ahead(batch: Callable[[int], Batch], step: int, batch_size: int, threads: int, prefetch: int) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from zoo.data.mixture import Mixed
 from zoo.data.paired import Key, Paired
 from zoo.data.recipes import RECIPES, Recipe
 from zoo.errors import ZooError
@@ -27,6 +28,7 @@ class Data:
         source: a sample's name (`zoo fetch`), an `mne:` dataset, or a file or folder of recordings
         prepared: folder of the prepared dataset, made from `source` with `recipe` when it is not there; or its address
             on an object store (`gs://…`, `s3://…`)
+        mix: name → dataset and its share of the examples; instead of `prepared`
         paired: modality → dataset whose windows answer the same stimulus, or the same time; instead of `prepared`
         pair_by: what paired windows share: a stimulus (an event's label), a stimulus of one subject, or the time
         stimuli: regular expression of the event labels that are stimuli, the whole label
@@ -48,6 +50,7 @@ class Data:
 
     source: str = ""
     prepared: str | Path = Path("prepared")
+    mix: Mapping[str, Mixed] = field(default_factory=dict)
     paired: Mapping[str, Paired] = field(default_factory=dict)
     pair_by: Key = "stimulus"
     stimuli: str = r"(?i)(?!bad).*"
