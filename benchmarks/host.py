@@ -39,6 +39,7 @@ from zoo.data.recipes import Recipe
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.cluster import Cluster
 from zoo.train.config import Config, Data, Mesh, Optimizer, Train
 from zoo.train.loop import fit
 from zoo.train.mesh import BatchPlacer, make_mesh
@@ -124,7 +125,8 @@ def time_steps(folder: Path, channels: int, batch_size: int, steps: int) -> dict
     config.folder.mkdir(parents=True)
     metrics = config.folder / "metrics.jsonl"
     sinks: list[Sink] = [JsonLines(metrics, 0), Screen(0, steps, steps)]
-    fit(config, program, compiled, program.initial(), loader, None, place, Checkpoints(folder / "saved", 1), sinks)
+    checkpoints = Checkpoints(folder / "saved", 1)
+    fit(config, program, compiled, program.initial(), loader, None, place, checkpoints, sinks, Cluster(config))
     for sink in sinks:
         sink.close()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

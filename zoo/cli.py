@@ -28,7 +28,8 @@ usage: zoo COMMAND …
   list [PATTERN]             models, weights, samples and recipes whose name holds PATTERN
   info NAME                  parameters, inputs and paper of a model, or of published weights
 
-`zoo COMMAND --help` tells more. Bad input gives one line and exit code 2.
+`zoo COMMAND --help` tells more. Bad input gives one line and exit code 2; a run whose other processes were lost ends
+with 4, one that hangs with 5, and goes on by the same command.
 """
 INTERRUPTED = 130
 
@@ -77,7 +78,11 @@ class Tokenize:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 2 for bad input, 3 for a plan that does not fit, 130 when interrupted."""
+    """Runs one command; its exit code.
+
+    0, 2 for bad input, 3 for a plan that does not fit, 4 for a run that lost another process, 5 for one that hangs, 130
+    when interrupted.
+    """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(HELP, end="")
@@ -94,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[command](rest) or 0
     except ZooError as error:
         print(f"zoo: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -2,6 +2,8 @@
 
 config.py, overrides.json, config.json   what was asked
 metrics.jsonl                            figures of every step
+health.jsonl                             how each host fares, now and then
+logs/rank-N.log                          what each process said, with the time
 checkpoints/                             states, by step
 evaluation.json                          scores of the probe and its baselines
 plots/                                   training curves, a reconstruction, the probe's confusion matrix
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from zoo.data.store import Dataset
     from zoo.data.windows import Windows
     from zoo.evaluate.probe import ProbeResult
+    from zoo.train.cluster import Cluster
     from zoo.train.mesh import BatchPlacer
     from zoo.train.state import Program, State
     from zoo.types import Variables
@@ -42,33 +45,47 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
 
     Raises ZooError for bad input and `zoo.train.stop.Stopped` when asked to end.
     """
+    from zoo.train.metrics import check_packages
+
     config = load_config(file, overrides)
     _check_task(config)
-    _start(config)
-    import jax
+    check_packages(config.train)
+    with _start(config) as cluster:
+        _train(config, file, overrides, cluster)
 
-    from zoo.train.checkpoint import Checkpoints
+
+def _train(asked: Config, file: Path, overrides: Sequence[str], cluster: Cluster) -> None:
+    from zoo.train.checkpoint import Checkpoints, Damaged, set_aside, set_damaged_aside
     from zoo.train.loop import fit
-    from zoo.train.mesh import BatchPlacer, make_mesh
-    from zoo.train.metrics import check_packages
+    from zoo.train.mesh import BatchPlacer, divided, make_mesh
     from zoo.train.plan import report
     from zoo.train.start import begin_from
     from zoo.train.state import Program
+    from zoo.train.stop import Lost
 
-    check_packages(config.train)
-    main = jax.process_index() == 0
-    mesh = make_mesh(config.mesh)
+    main = cluster.process == 0
+    mesh = make_mesh(asked.mesh)
+    config = divided(asked, mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     dataset = open_data(config)
     loader = make_batches(config, dataset, "train", place.rows)
     validation = make_batches(config, dataset, "validation", place.rows) if config.train.validate_every else None
 
     program = Program(config, config.task, mesh, place.abstract(next(loader.at(0))))
-    checkpoints = Checkpoints(config.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    saved, goes_on = config.folder / "checkpoints", config.train.on_damage == "previous"
+    if main and goes_on:
+        for line in set_damaged_aside(saved):
+            print(line)
+    cluster.barrier("checkpoints looked at")
+    checkpoints = Checkpoints(saved, config.train.keep_last, config.train.keep_best)
     latest = checkpoints.latest
     if latest is not None and not config.train.resume:
         raise ZooError(f"{config.folder} already holds a run at step {latest}; take another --name, or remove it")
+    cluster.watchdog.expect("compilation")
     compiled = program.compile()
+    cluster.watchdog.rest()
+    cluster.log.open()
+    cluster.barrier("compiled")
     if main:
         print(f"{dataset.path}: {loader}")
         print(report(program, compiled[0]))
@@ -77,15 +94,23 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
         if config.start.run:
             state = begin_from(state, *trained_parameters(Path(config.start.run))[1:], config.start)
     else:
-        state = checkpoints.restore(latest, program.abstract())
+        cluster.watchdog.expect("restoring", latest)
+        try:
+            state = checkpoints.restore(latest, program.abstract())
+        except Damaged as error:
+            if not goes_on:
+                raise
+            # The others may be in the middle of it: only a new start can take the previous one.
+            raise Lost(f"{error}; it is set aside as {set_aside(saved, latest)}, start again") from error
+        cluster.watchdog.rest()
         if main:
             print(f"resuming from step {latest}")
 
     if main:
-        _record(config, file, overrides)
+        _record(asked, file, overrides)
     sinks = _sinks(config, latest or 0) if main else []
     try:
-        state = fit(config, program, compiled, state, loader, validation, place, checkpoints, sinks)
+        state = fit(config, program, compiled, state, loader, validation, place, checkpoints, sinks, cluster)
     finally:
         for sink in sinks:
             sink.close()
@@ -96,12 +121,17 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
 def evaluate(folder: Path) -> None:
     """`zoo evaluate RUN`: evaluates the newest checkpoint of a finished or unfinished run again."""
     config = stored_config(folder)
-    _start(config)
+    with _start(config):
+        _evaluate(config)
+
+
+def _evaluate(config: Config) -> None:
     from zoo.train.checkpoint import Checkpoints
-    from zoo.train.mesh import BatchPlacer, make_mesh
+    from zoo.train.mesh import BatchPlacer, divided, make_mesh
     from zoo.train.state import Program
 
     mesh = make_mesh(config.mesh)
+    config = divided(config, mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     dataset = open_data(config)
     program = Program(
@@ -110,9 +140,9 @@ def evaluate(folder: Path) -> None:
         mesh,
         place.abstract(next(make_batches(config, dataset, "train", place.rows).at(0))),
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(config.folder / "checkpoints")
     if checkpoints.latest is None:
-        raise ZooError(f"{folder}: the run has no finished checkpoint to evaluate")
+        raise ZooError(f"{config.folder}: the run has no finished checkpoint to evaluate")
     state = checkpoints.restore(checkpoints.latest, program.abstract())
     finish(config, program, state, dataset, place)
 
@@ -346,18 +376,22 @@ def _check_task(config: Config) -> None:
         raise ZooError(f"train.ema: {task} has statistics that follow the last parameters, not their average; wanted 0")
 
 
-def _start(config: Config) -> None:
-    """Devices, and the cache of compiled programs (`BRAIN_ZOO_CACHE`)."""
+def _start(config: Config) -> Cluster:
+    """Devices, the other processes, and the cache of compiled programs (`BRAIN_ZOO_CACHE`)."""
     import jax
 
     from zoo.data.fetch import cache_folder
-    from zoo.train.mesh import start_devices
+    from zoo.train.cluster import Cluster
+    from zoo.train.mesh import check_devices, choose_devices
 
     # Orbax and Grain log, with tracebacks, what they also raise; what is raised is told in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    start_devices(config.devices)
+    choose_devices(config.devices)
+    cluster = Cluster(config)
+    check_devices(config.devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    return cluster
 
 
 def make_batches(

@@ -16,7 +16,10 @@ import numpy as np
 
 STEPS = 20
 CHECKPOINT_EVERY = 4
-TIMES = ("step_seconds", "examples_per_second", "signal_samples_per_second", "loader_wait_share")
+TIMES = (
+    "step_seconds", "examples_per_second", "signal_samples_per_second", "loader_wait_share",
+    "slowest_host", "slowest_host_ratio",
+)  # fmt: skip
 """Figures that no two runs share."""
 
 CONFIG = f"""\

@@ -16,6 +16,7 @@ from toy import BATCH, CHANNELS, SAMPLES, toy_batch, toy_program
 
 from zoo.errors import ZooError
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.cluster import Cluster
 from zoo.train.loop import fit
 from zoo.train.mesh import BatchPlacer
 from zoo.train.stop import Stopped
@@ -24,7 +25,7 @@ from zoo.train.stop import Stopped
 class Batches:
     """Stands in for the loader: the toy's batches, spoilt at a step when asked to."""
 
-    batch_size, channels, window = BATCH, CHANNELS, SAMPLES
+    batch_size, samples_per_batch = BATCH, BATCH * CHANNELS * SAMPLES
 
     def __init__(self, spoilt: int = 0, spoil: float = math.nan) -> None:
         self.given, self.spoilt, self.spoil = 0, spoilt, spoil
@@ -67,7 +68,8 @@ def train(folder, loader=None, validation=None, sink=None, **options):
         state = checkpoints.restore(checkpoints.latest, program.abstract())
     sinks = [sink or Sink()]
     loader = loader or Batches()
-    return fit(config, program, steps, state, loader, validation, place, checkpoints, sinks), checkpoints
+    cluster = Cluster(config)
+    return fit(config, program, steps, state, loader, validation, place, checkpoints, sinks, cluster), checkpoints
 
 
 def test_every_step_is_written_once_and_one_step_late(tmp_path):

@@ -9,7 +9,7 @@ from toy import device_mesh, toy_program
 
 from zoo.errors import ZooError
 from zoo.train.config import Devices, Mesh, Rules
-from zoo.train.mesh import check_replication, mesh_shape, parameter_shardings, start_devices
+from zoo.train.mesh import check_devices, check_replication, choose_devices, mesh_shape, parameter_shardings
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,6 @@ def test_parameters_that_stay_whole_on_a_sharded_mesh_are_too_many():
 
 def test_an_accelerator_that_is_not_there():
     with pytest.raises(ZooError, match=r"devices\.platform is tpu but JAX found only"):
-        start_devices(Devices(platform="tpu"))
+        check_devices(Devices(platform="tpu"))
     with pytest.raises(ZooError, match=r"cpu_devices 3: JAX has already started with others"):
-        start_devices(Devices(cpu_devices=3))
+        choose_devices(Devices(cpu_devices=3))

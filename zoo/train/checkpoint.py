@@ -18,6 +18,33 @@ FILES = "files.json"
 """In a finished checkpoint: its files and their sizes, so that a missing one is named before anything is read."""
 
 
+class Damaged(ZooError):
+    """A checkpoint that cannot be read."""
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Renames the checkpoint of `step` in `folder`, so that it is no longer one, and says what it is called now."""
+    taken = sum(1 for _ in folder.glob(f"{step}.damaged*"))
+    aside = folder / f"{step}.damaged{taken or ''}"
+    (folder / str(step)).rename(aside)
+    return aside
+
+
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Sets aside the newest checkpoints in `folder` whose files are not what was written, up to the first sound one.
+
+    Returns a line for each. To be called before any process opens the folder. A checkpoint whose list of files is
+    missing, because its process ended just then, is judged when it is restored.
+    """
+    said = []
+    for step in sorted((int(each.name) for each in folder.glob("[0-9]*") if each.name.isdigit()), reverse=True):
+        wrong = _wrong_file(folder / str(step))
+        if wrong is None:
+            break
+        said.append(f"{wrong}; this checkpoint is set aside as {set_aside(folder, step)}")
+    return said
+
+
 class Checkpoints:
     """The checkpoints in `folder`. Only finished ones count: Orbax writes to a temporary name and renames at the end.
 
@@ -73,7 +100,13 @@ class Checkpoints:
         """Returns when every save has finished."""
         with self._disk_errors():
             self._checkpointer.wait()
-        if self._saving is not None and jax.process_index() == 0:
+        self.list_files()
+
+    def list_files(self) -> None:
+        """Writes down the files of the checkpoint last begun, once it is finished; to be called now and then."""
+        if self._saving is None or self._checkpointer.is_saving_in_progress():
+            return
+        if jax.process_index() == 0:
             saved = self.folder / str(self._saving)
             sizes = {str(file.relative_to(saved)): file.stat().st_size for file in saved.rglob("*") if file.is_file()}
             write_json(saved / FILES, sizes)
@@ -82,7 +115,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of `step` laid out as `abstract`, whatever layout it was written from.
 
-        Raises ZooError when the checkpoint is damaged or is of another model or optimiser.
+        Raises Damaged when the checkpoint cannot be read, ZooError when it is of another model or optimiser.
         """
         self._check_tree(step, abstract)
         return self._load(step, abstract)
@@ -129,18 +162,13 @@ class Checkpoints:
         return found
 
     def _check_files(self, step: int) -> None:
-        folder = self.folder / str(step)
-        if not (folder / FILES).is_file():  # the process ended between the checkpoint and its list
-            return
-        for name, size in json.loads((folder / FILES).read_text()).items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != size:
-                found = f"has {file.stat().st_size} bytes, wanted {size}" if file.is_file() else "is missing"
-                raise ZooError(f"{file}: this file of the checkpoint {found}; {self._instead(step)}")
+        wrong = _wrong_file(self.folder / str(step))
+        if wrong is not None:
+            raise Damaged(f"{wrong}; {self._instead(step)}")
 
-    def _damaged(self, step: int, error: Exception) -> ZooError:
+    def _damaged(self, step: int, error: Exception) -> Damaged:
         said = next(iter(str(error).strip().splitlines()), "")[:200]
-        return ZooError(
+        return Damaged(
             f"{self.folder / str(step)}: cannot read this checkpoint ({type(error).__name__}: {said}); "
             f"{self._instead(step)}"
         )
@@ -177,6 +205,22 @@ class Checkpoints:
             if any(sign in str(error) for sign in ("No space left", "Disk quota")):
                 raise ZooError(f"{self.folder}: the disk is full, the checkpoint was not written") from error
             raise
+
+
+def _wrong_file(saved: Path) -> str | None:
+    """The first file of a checkpoint that is missing or not as long as it was written, and how."""
+    if not (saved / FILES).is_file():  # the process ended between the checkpoint and its list
+        return None
+    try:
+        sizes = json.loads((saved / FILES).read_text())
+    except ValueError:
+        return f"{saved / FILES}: this file of the checkpoint is cut short"
+    for name, size in sizes.items():
+        file = saved / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"has {file.stat().st_size} bytes, wanted {size}" if file.is_file() else "is missing"
+            return f"{file}: this file of the checkpoint {found}"
+    return None
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -125,6 +125,8 @@ class Train:
     Attributes:
         steps: updates in all
         accumulate: micro-batches a step; a step's gradient is the mean over all of them by weight
+        micro_batch: most examples that a device takes at a time: `accumulate` follows from it and from how many devices
+            there are, so that a run goes on with the same batches on fewer or more hosts; 0 leaves `accumulate`
         ema: decay of an average of the parameters, used for validation and evaluation; 0 keeps none
         validate_every: steps between validation losses; 0 never
         validate_batches: batches of a validation loss, the same each time
@@ -134,12 +136,17 @@ class Train:
         log_every: steps between plain lines where there is no terminal
         profile: write a trace of ten steps to the run's folder
         resume: go on from the newest checkpoint of the run's folder when it has one
+        on_damage: what to do when that checkpoint is damaged: stop, or set it aside as `STEP.damaged`, say so, and go
+            on from the previous one
+        hang_seconds: the longest that a step may take before the run is held to hang: it then writes every thread's
+            stack and ends with exit code 5; 0 never. A compilation may take four times as long
         wandb: also log to Weights & Biases
         tensorboard: also log to TensorBoard
     """
 
     steps: int = 1000
     accumulate: int = 1
+    micro_batch: int = 0
     ema: float = 0.0
     validate_every: int = 0
     validate_batches: int = 4
@@ -149,6 +156,8 @@ class Train:
     log_every: int = 20
     profile: bool = False
     resume: bool = True
+    on_damage: Literal["stop", "previous"] = "stop"
+    hang_seconds: float = 1800.0
     wandb: bool = False
     tensorboard: bool = False
 
@@ -193,16 +202,20 @@ class Devices:
     Attributes:
         platform: auto, or the one that must be there: a run that names an accelerator and finds none stops
         cpu_devices: how many devices the CPU pretends to be
-        coordinator: "address:port" of process 0, or "auto" to let JAX detect the cluster; "" for a run of one process
-        processes: how many processes there are (with a coordinator address)
-        process: which of them this is
+        coordinator: "host:port" of process 0, or "auto" to let JAX detect the cluster; "" for a run of one process
+        processes: how many processes there are (with a coordinator address); 0: as the launcher says (Slurm, MPI)
+        process: which of them this is; -1: as the launcher says
+        start_seconds: time in which all processes must have come
+        lost_seconds: a process that gives no sign of life for so long counts as lost, and the others end
     """
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     cpu_devices: int = 1
     coordinator: str = ""
-    processes: int = 1
-    process: int = 0
+    processes: int = 0
+    process: int = -1
+    start_seconds: int = 300
+    lost_seconds: int = 60
 
 
 @dataclass(frozen=True)

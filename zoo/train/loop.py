@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import numpy as np
 from zoo.data.loader import Batches
 from zoo.errors import ZooError
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.cluster import Cluster
 from zoo.train.config import Config
+from zoo.train.health import Health
 from zoo.train.mesh import BatchPlacer
 from zoo.train.metrics import Sink
 from zoo.train.plan import peak_flops, step_flops
@@ -33,6 +36,8 @@ class Pending:
     metrics: Mapping[str, jax.Array]
     records: np.ndarray
     waited: float
+    dispatched: float
+    """Seconds that giving it to the device took, which may hold the host up until the others have come."""
 
 
 def fit(
@@ -45,13 +50,14 @@ def fit(
     place: BatchPlacer,
     checkpoints: Checkpoints,
     sinks: list[Sink],
+    cluster: Cluster,
 ) -> State:
     """Trains from `state.step` to `config.train.steps` and returns the last state.
 
     Figures of a step are fetched after the next has been given to the device, so the device never waits for them.
     Raises Stopped after saving when asked to end, and ZooError when the loss is not finite.
     """
-    return _Run(config, program, compiled, loader, validation, place, checkpoints, sinks).fit(state)
+    return _Run(config, program, compiled, loader, validation, place, checkpoints, sinks, cluster).fit(state)
 
 
 class _Run:
@@ -65,6 +71,7 @@ class _Run:
         place: BatchPlacer,
         checkpoints: Checkpoints,
         sinks: list[Sink],
+        cluster: Cluster,
     ) -> None:
         self.options = config.train
         self.folder = config.folder
@@ -73,6 +80,7 @@ class _Run:
         self.flops, self.peak = step_flops(program), peak_flops()
         self.validation = [] if validation is None else _first_batches(validation, self.options.validate_batches, place)
         self.clock = time.perf_counter()
+        self.cluster, self.watchdog = cluster, cluster.watchdog
 
     def fit(self, state: State) -> State:
         first = int(state.step)
@@ -83,40 +91,52 @@ class _Run:
         pending: Pending | None = None
         self.clock = time.perf_counter()
         # Anything that slipped onto or off the device unasked would stall it: make it an error.
-        with StopSignal() as stop, jax.transfer_guard("disallow"):
+        health = Health(self.folder, self.cluster, first, self.options.log_every)
+        with contextlib.closing(health) as self.health, StopSignal() as stop, jax.transfer_guard("disallow"):
             for step in range(first + 1, self.options.steps + 1):
                 if self.options.profile:
                     self._trace(step - first)
+                self.watchdog.expect("step", step)
                 started = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - started
-                records = batch["record"]
-                state, metrics = self.train_step(state, self.place(batch))
+                records, batch = batch["record"], self.place(batch)
+                started = time.perf_counter()
+                state, metrics = self.train_step(state, batch)
+                dispatched = time.perf_counter() - started
                 if pending is not None:
                     self._report(pending, None)
-                pending = Pending(step, metrics, records, waited)
+                pending = Pending(step, metrics, records, waited, dispatched)
+                self.checkpoints.list_files()
                 last, asked = step == self.options.steps, stop.at(step)
                 validates = bool(self.validation) and (last or step % self.options.validate_every == 0)
                 saves = last or asked or step % self.options.checkpoint_every == 0
                 if validates or saves:
-                    loss = self._validate(state) if validates else None
+                    loss = self._validate(state, step) if validates else None
                     # Settle this step's figures first: a state whose loss is not finite is never saved.
                     self._report(pending, loss)
                     pending = None
                     if saves:
+                        self.watchdog.expect("checkpoint", step)
                         self.checkpoints.save(step, state, loss)
                 if asked and not last:
                     self.checkpoints.wait()
                     raise Stopped(f"stopped after step {step}, which is saved; the same command goes on from there")
+        self.watchdog.expect("checkpoint", self.options.steps)
         self.checkpoints.wait()
+        self.watchdog.rest()
         return state
 
-    def _validate(self, state: State) -> float:
-        parts = [jax.device_get(self.validate_step(state, batch)) for batch in self.validation]
+    def _validate(self, state: State, step: int) -> float:
+        parts = []
+        for batch in self.validation:
+            self.watchdog.expect("validation", step)
+            parts.append(jax.device_get(self.validate_step(state, batch)))
         weights = np.array([part["weight"] for part in parts], np.float64)
         return float(np.dot([part["loss"] for part in parts], weights) / weights.sum())
 
     def _report(self, pending: Pending, validation_loss: float | None) -> None:
+        started = time.perf_counter()
         figures = {name: float(value) for name, value in jax.device_get(dict(pending.metrics)).items()}
         for name in ("loss", "gradient_norm"):
             if np.isfinite(figures[name]):
@@ -129,6 +149,7 @@ class _Run:
             )
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
+        own_seconds = seconds - pending.dispatched - (now - started)
         figures |= {
             "step_seconds": seconds,
             "examples_per_second": self.loader.batch_size / seconds,
@@ -139,6 +160,7 @@ class _Run:
             figures["mfu"] = self.flops / seconds / self.peak
         if validation_loss is not None:
             figures["validation_loss"] = validation_loss
+        figures |= self.health.of_step(pending.step, figures, own_seconds)
         for sink in self.sinks:
             sink.write(pending.step, figures)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,17 +14,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zoo.errors import ZooError
-from zoo.train.config import Devices, Mesh, Rules
+from zoo.train.config import Config, Devices, Mesh, Rules
 from zoo.types import Batch
 
 AXES = ("slice", "data", "fsdp", "tensor", "sequence")
 
 
-def start_devices(devices: Devices) -> None:
-    """Chooses the platform and joins the other processes. Before any other use of JAX.
-
-    Raises ZooError when the platform named is not there: JAX would otherwise run on the CPU in silence.
-    """
+def choose_devices(devices: Devices) -> None:
+    """Chooses the platform. Before any other use of JAX."""
     if devices.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if devices.cpu_devices > 1:
@@ -32,12 +29,10 @@ def start_devices(devices: Devices) -> None:
             jax.config.update("jax_num_cpu_devices", devices.cpu_devices)
         except RuntimeError as error:
             raise ZooError(f"devices.cpu_devices {devices.cpu_devices}: JAX has already started with others") from error
-    if devices.coordinator == "auto":
-        jax.distributed.initialize()
-    elif devices.coordinator:
-        # The CPU's collectives need a transport; other platforms bring their own.
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(devices.coordinator, devices.processes, devices.process)
+
+
+def check_devices(devices: Devices) -> None:
+    """Raises ZooError when the platform named is not there: JAX would otherwise run on the CPU in silence."""
     found = jax.default_backend()
     if devices.platform not in ("auto", found):
         raise ZooError(f"devices.platform is {devices.platform} but JAX found only {found}; is the driver installed?")
@@ -133,7 +128,7 @@ class BatchPlacer:
 
     def __init__(self, mesh: jax.sharding.Mesh, rules: Rules, batch_size: int, accumulate: int) -> None:
         self.sharding = NamedSharding(mesh, PartitionSpec(rules.batch))
-        parts = math.prod(mesh.shape[axis] for axis in rules.batch)
+        parts = _groups(rules, mesh.shape)
         if batch_size % (parts * accumulate):
             raise ZooError(
                 f"data.batch_size {batch_size} does not divide into {parts} device groups × {accumulate} micro-batches"
@@ -156,6 +151,50 @@ class BatchPlacer:
 
     def _place(self, rows: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(self.sharding, rows, (self._size, *rows.shape[1:]))
+
+
+def divided(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    """The configuration with `train.accumulate` as `train.micro_batch` and the devices of `mesh` ask for.
+
+    The global batch stays what it is. Raises ZooError, with the numbers of hosts (of devices, for one process) that
+    would do, when it does not divide over these.
+    """
+    most, batch = config.train.micro_batch, config.data.batch_size
+    if not most:
+        return config
+    if config.train.accumulate != 1:
+        raise ZooError(
+            f"train.accumulate {config.train.accumulate} and train.micro_batch {most}: wanted one of them; the second "
+            f"gives the first"
+        )
+    groups = _groups(config.rules, mesh.shape)
+    if batch % groups:
+        raise ZooError(
+            f"data.batch_size {batch} does not divide into the {groups} device groups of {mesh.size} devices; "
+            f"it would on {_would_do(config, mesh.size, jax.process_count())}"
+        )
+    each = batch // groups
+    count = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= most)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=count, micro_batch=0))
+
+
+def _groups(rules: Rules, sizes: Mapping[str, int]) -> int:
+    """Device groups that take different examples."""
+    return math.prod(sizes[axis] for axis in rules.batch)
+
+
+def _would_do(config: Config, devices: int, hosts: int) -> str:
+    """Numbers of hosts, or of one host's devices, up to twice those there are, over which mesh and batch divide."""
+    unit = devices // hosts if hosts > 1 else 1
+    found = []
+    for count in range(1, 2 * devices // unit + 1):
+        try:
+            sizes = mesh_shape(config.mesh, count * unit)
+        except ZooError:
+            continue
+        if config.data.batch_size % _groups(config.rules, sizes) == 0:
+            found.append(str(count))
+    return f"{', '.join(found) or 'no number of'} {f'hosts of {unit} devices' if hosts > 1 else 'devices'}"
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

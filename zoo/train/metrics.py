@@ -14,6 +14,9 @@ from zoo.data.store import disk_errors, write_file
 from zoo.errors import ZooError
 from zoo.train.config import Config, Train
 
+SLOW = 2.0
+"""A host whose own part of a step takes more than this many times the median host's is named on the screen."""
+
 
 class Sink(Protocol):
     """Takes figures by step."""
@@ -38,7 +41,7 @@ class JsonLines:
         self._file = file
         self._out = file.open("a", buffering=1)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, figures: Mapping[str, float | str]) -> None:
         with disk_errors(self._file):
             self._out.write(json.dumps({"step": step, **figures}) + "\n")
 
@@ -140,6 +143,8 @@ def _line(figures: Mapping[str, float]) -> str:
         f"{figures['examples_per_second']:.4g} ex/s",
         f"{figures['signal_samples_per_second']:.3g} samples/s",
     ]
+    if figures.get("slowest_host_ratio", 0.0) > SLOW:
+        shown.append(f"process {figures['slowest_host']:.0f} takes {figures['slowest_host_ratio']:.1f}× the others")
     if "mfu" in figures:
         shown.append(f"MFU {figures['mfu']:.1%}")
     shown.append(f"waits {figures['loader_wait_share']:.0%}")

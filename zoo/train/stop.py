@@ -5,6 +5,17 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from zoo.errors import ZooError
+
+LOST, HUNG = 4, 5
+"""Exit codes of a run that another process's end, or a hang, has ended; the same command goes on from there."""
+
+
+class Lost(ZooError):
+    """Another process of the run did not come, or has gone. One line that names it, and exit code 4."""
+
+    exit_code = LOST
+
 
 class Stopped(Exception):
     """The run was asked to end (SIGTERM, SIGINT) and has saved its last step."""
