@@ -14,9 +14,18 @@ import pytest
 from electrodes import electrodes
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zoo.encoders.codes import COLLECTION, HIDDEN, NONE, CodeEncoder, TokenizedEncoder
+from zoo.encoders.codes import (
+    COLLECTION,
+    HIDDEN,
+    NONE,
+    CodeEncoder,
+    TokenizedEncoder,
+    compared,
+)
 from zoo.errors import ZooError
+from zoo.layers.mixer import create_mixer
 from zoo.registry import create
+from zoo.tokenizers.stretches import grid_of, tokenised
 
 QUICK = {"xla_backend_optimization_level": 0}
 NAMES = ("F3", "FZ", "F4")
@@ -25,6 +34,7 @@ FRAMES = 4
 SMALL: dict[str, Any] = {"code_sizes": SIZES, "dim": 16, "mixers": ("softmax",), "mlp": "none"}
 BOTH = CodeEncoder(**SMALL)
 FORWARD = CodeEncoder(**SMALL, causal=True, time="none")
+WOVEN = dataclasses.replace(FORWARD, interleaved=True)
 
 
 def codes(batch: int = 2, rows: int = len(NAMES), seed: int = 0) -> np.ndarray:
@@ -159,8 +169,55 @@ def test_causal_rows_are_alone_and_do_not_see_ahead(forward):
     assert moved[1, :2].max() == moved[[0, 2]].max() == 0
 
 
+def test_interleaved_rows_see_each_others_past(forward):
+    given, sensors = codes(), electrodes(NAMES)
+    first = np.asarray(run(WOVEN, forward, given, sensors).tokens).reshape(2, 3, FRAMES, -1)
+    other = given.copy()
+    other[:, FRAMES + 2] = (other[:, FRAMES + 2] + 1) % 5
+    moved = np.abs(np.asarray(run(WOVEN, forward, other, sensors).tokens).reshape(first.shape) - first).max((0, 3))
+    # The second row's third frame: itself, the row below at that time, all rows after it.
+    assert (moved > 1e-4).tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2, [False] * 2 + [True] * 2]
+    assert moved[:, :2].max() == moved[0, 2] == 0
+    with pytest.raises(ZooError, match="wanted a causal one"):
+        dataclasses.replace(WOVEN, causal=False).init(jax.random.key(0), given, sensors)
+
+
+def test_stretches_are_tokenised_by_themselves():
+    tokenizer = create("mu_law")
+    signal, sensors = np.random.default_rng(0).normal(size=(2, 3, 12)).astype(np.float32), electrodes(NAMES)
+    signal[1] *= 3
+    variables = tokenizer.init(jax.random.key(0), signal, sensors)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def cut(signal: Any, sensors: Any) -> Any:
+        return [tokenised(tokenizer, variables, signal, sensors, stretch) for stretch in (0, 3)]
+
+    # Levels are fixed, so that stretches must give what the whole gives, in the same order.
+    whole, stretches = cut(signal, sensors)
+    np.testing.assert_array_equal(stretches, whole)
+    assert grid_of(tokenizer, 3, 12, 4) == tokenizer.grid(3, 12)
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), nn.logical_axis_rules([("batch", "data"), ("tokens", "sequence")]):
+        np.testing.assert_array_equal(cut(signal, sensors)[1], whole)
+    with pytest.raises(ZooError, match="a window of 12 samples, wanted a multiple of 5"):
+        tokenised(tokenizer, variables, signal, sensors, 5)
+
+
+def test_attention_is_counted_by_what_it_compares():
+    def count(name: str, length: int, **options: Any) -> float:
+        return compared(create_mixer(name, 64, **options), length)
+
+    assert [count(name, 1000) for name in ("softmax", "kda", "retention")] == [1000, 0, 0]
+    assert count("sliding_window", 1000, window=128) == 128
+    sparse = {"stride": 16, "selected_blocks": 4, "block_size": 32, "window": 100}
+    assert count("native_sparse", 32_000, **sparse) == 2000 + 128 + 100
+    assert count("native_sparse", 50, **sparse) == 50
+
+
 @pytest.mark.parametrize(
-    "model", [FORWARD, dataclasses.replace(FORWARD, mixers=("linear",), time="sinusoidal")], ids=["softmax", "linear"]
+    "model",
+    [FORWARD, dataclasses.replace(FORWARD, mixers=("linear",), time="sinusoidal"), WOVEN],
+    ids=["softmax", "linear", "interleaved"],
 )
 def test_frame_by_frame_equals_all_at_once(model):
     given, sensors = codes(), electrodes(NAMES)

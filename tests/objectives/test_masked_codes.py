@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -19,7 +20,7 @@ from patch_tokenizer import PatchTokenizer
 from zoo.encoders.codes import COLLECTION
 from zoo.errors import ZooError
 from zoo.objectives.masked_codes import MaskedCodes, random_mask
-from zoo.objectives.over_codes import code_counts
+from zoo.objectives.over_codes import code_counts, code_guesses
 from zoo.registry import create
 from zoo.train.config import Config, Mesh, Optimizer, Train
 from zoo.train.mesh import AXES, BatchPlacer
@@ -113,6 +114,50 @@ def test_a_drawn_mask_is_exact_and_only_where_tokens_are():
     assert share.min() > 0.05
     assert share.max() < 0.65
     assert (np.asarray(random_mask(jax.random.key(1), there, 0.3)) != mask).any()
+
+
+def test_logits_made_some_at_a_time_are_all_the_same():
+    rng = np.random.default_rng(0)
+    sizes = (3, 5)
+    tokens, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 7, 4), (4, 8)))
+    bias, wanted = rng.normal(size=8).astype(np.float32), rng.integers(-1, 3, (2, 7, 2)).astype(np.int32)
+    cotangent = rng.normal(size=(2, 7, 2)).astype(np.float32)
+
+    def guessed(tokens: Any, kernel: Any, bias: Any, most: int) -> Any:
+        nats, right = code_guesses(sizes, tokens, jnp.asarray(wanted), kernel, bias, most)
+        return (nats * cotangent).sum(), (nats, right)
+
+    gradient = jax.grad(guessed, (0, 1, 2), has_aux=True)
+    given = [jnp.asarray(each) for each in (tokens, kernel, bias)]
+    found = [quick(partial(gradient, most=most))(*given) for most in (1000, 3 * 8, 1)]
+    logits = tokens @ kernel + bias
+    for book, own in enumerate((logits[..., :3], logits[..., 3:])):
+        code = wanted[..., book]
+        plain = np.log(np.exp(own).sum(-1)) - np.take_along_axis(own, np.maximum(code, 0)[..., None], -1)[..., 0]
+        for _, (nats, right) in found:
+            np.testing.assert_allclose(nats[..., book], plain, rtol=1e-5)
+            np.testing.assert_array_equal(right[..., book], own.argmax(-1) == code)
+    for other, _ in found[1:]:
+        for a, b in zip(found[0][0], other, strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plan_takes_the_name_of_a_tokenizer_and_a_run_does_not():
+    named = MaskedCodes(tokenizer="labram_vqnsp_tiny", options=OF_CODES, stretch=400)
+    with pytest.raises(ZooError, match="labram_vqnsp_tiny is not trained, wanted the folder"):
+        _ = named.frozen
+    planned = named.planned()
+    assert planned.frozen[0].code_sizes == (256,)
+    assert planned.grid(3, 2000) == (3, 10)
+    batch = make_batch()
+    batch["signal"] = np.zeros((4, 3, 2000), np.float32)
+    variables = jax.eval_shape(planned.init, jax.random.key(0), batch)
+    loss = jax.eval_shape(partial(planned.loss, train=True), nn.unbox(variables), batch, jax.random.key(0))
+    assert loss[1]["weight"].shape == ()
+    five = planned.frozen[0].flops(3, 400) * 4 * 5
+    assert planned.flops(batch) == five + 2 * planned.model_flops(batch)
+    other = MaskedCodes(tokenizer="no_such_thing")
+    assert other.planned() is other
 
 
 def test_without_the_complement_it_is_half(made):

@@ -60,6 +60,17 @@ def test_traffic_is_operands_and_results(mesh: jax.sharding.Mesh) -> None:
     assert hlo.traffic() == 3 * 64 * 32 * 4
 
 
+def test_a_loop_that_keeps_every_turn_writes_it_once() -> None:
+    turns, size = 50, 64 * 64 * 4
+
+    def kept(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w),) * 2, x, weights)
+
+    hlo = Hlo(jax.jit(kept).lower(jnp.ones((64, 64)), jnp.ones((turns, 64, 64))).compile().as_text())
+    # A turn reads its weights and what it got, and writes its result twice; compilers copy a little besides.
+    assert 4 * turns * size <= hlo.traffic() < 12 * turns * size
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [

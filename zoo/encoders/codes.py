@@ -9,8 +9,8 @@ of its frame, as in LaBraM (ICLR 2024, §2.2), MEG-GPT (2510.18080) and BERT (18
 a tokenizer's: NONE, where it has no code, and HIDDEN, which stands in for a code that is to be predicted.
 
 Reading both ways, all tokens of the grid are one sequence, row by row. With `causal` every row is a sequence of its
-own, in which no frame sees a later one (MEG-GPT as released: its attention over channels is off), and the encoder can
-be run a frame at a time.
+own, in which no frame sees a later one (MEG-GPT as released: its attention over channels is off), or, `interleaved`,
+all are one, frame by frame, so that rows see each other's past; either way the encoder can be run a frame at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from zoo.encoders.labram import ROWS, electrode_rows
 from zoo.errors import ZooError
 from zoo.layers.backbone import Backbone
-from zoo.layers.mixer import MIXERS, State, mixer_class
+from zoo.layers.mixer import Mixer, State, create_mixer, mixer_class
 from zoo.layers.parameters import dense, partitioned
 from zoo.registry import Card, register
 from zoo.sensors import KINDS, LABRAM_NAMES
+from zoo.tokenizers.stretches import tokenised
 from zoo.tokenizers.tokenizer import Tokenizer
 from zoo.types import AnyArray, Array, Encoded, Sensors
 
@@ -51,6 +52,7 @@ class CodeEncoder(nn.Module):
 
     code_sizes   codes of each of the Q codebooks: the tokenizer's
     causal       see above; mixers that can only be one way are that
+    interleaved  see above
     place        how rows are told apart. name: by LaBraM's electrode table. position: by an MLP of position and
                  orientation in the head and a table of kinds. index: by their number, for latents and fixed montages
     rows         rows of the table of `index`
@@ -68,6 +70,7 @@ class CodeEncoder(nn.Module):
     dim: int = 128
     mixers: tuple[str, ...] = ("softmax",) * 2
     causal: bool = False
+    interleaved: bool = False
     place: str = "name"
     rows: int = 64
     time: str = "sinusoidal"
@@ -92,6 +95,8 @@ class CodeEncoder(nn.Module):
         for name, options in (("place", PLACES), ("time", TIMES)):
             if getattr(self, name) not in options:
                 raise ZooError(f"CodeEncoder {name}: got {getattr(self, name)!r}, wanted one of {options}")
+        if self.interleaved and not self.causal:
+            raise ZooError("CodeEncoder interleaved: got an encoder that looks both ways, wanted a causal one")
         if not self.code_sizes or min(self.code_sizes) < 1:
             raise ZooError(f"CodeEncoder code_sizes: got {self.code_sizes}, wanted the size of each codebook")
         init = nn.initializers.normal(self.table_std)
@@ -144,11 +149,11 @@ class CodeEncoder(nn.Module):
         if mask is not None:
             codes = jnp.where((valid & mask)[..., None], HIDDEN, codes)
         x = self._embedded(codes, sensors, rows, 0)
-        batch, count, frames, _ = x.shape
-        shape = (batch * count, frames) if self.causal else (batch, count * frames)
-        x = nn.with_logical_constraint(x.reshape(*shape, self.dim), ("batch", "tokens", None))
-        mixed: Any = self.backbone(x, mask=valid.reshape(shape), train=train)
-        tokens = mixed.reshape(batch, -1, self.dim)
+        grid = x.shape[:3]
+        x = nn.with_logical_constraint(self._as_sequences(x), ("batch", "tokens", None))
+        there = self._as_sequences(valid.reshape(*grid, 1))[..., 0]
+        mixed: Any = self.backbone(x, mask=there, train=train)
+        tokens = self._as_grid(mixed, grid).reshape(*valid.shape, self.dim)
         pooled = jnp.sum(tokens, axis=1, where=valid[..., None], dtype=jnp.float32)
         return Encoded(tokens, (pooled / jnp.maximum(valid.sum(1), 1)[:, None]).astype(tokens.dtype), valid)
 
@@ -157,32 +162,42 @@ class CodeEncoder(nn.Module):
     ) -> tuple[Float[Array, "B R A D"], State]:
         """The first frames → their tokens, and the state after them, with room for `capacity` frames in all."""
         x = self._embedded(jnp.asarray(codes), sensors, rows, 0)
-        flat = x.reshape(-1, *x.shape[2:])
-        tokens, memory = self.backbone.prefill(flat, None, capacity)
-        return tokens.reshape(x.shape), (memory, jnp.asarray(x.shape[2], jnp.int32))
+        flat = self._as_sequences(x)
+        tokens, memory = self.backbone.prefill(flat, None, capacity * (x.shape[1] if self.interleaved else 1))
+        return self._as_grid(tokens, x.shape[:3]), (memory, jnp.asarray(x.shape[2], jnp.int32))
 
     def step(
         self, codes: Int[AnyArray, "B R Q"], sensors: Sensors, state: State
     ) -> tuple[Float[Array, "B R D"], State]:
         """One frame of every row → its tokens and the new state. NaN past the table of learned frames."""
         memory, time = state
-        x = self._embedded(jnp.asarray(codes), sensors, codes.shape[1], time)
-        tokens, memory = self.backbone.step(x.reshape(-1, self.dim), memory)
-        return tokens.reshape(*x.shape[:2], self.dim), (memory, time + 1)
+        x = self._embedded(jnp.asarray(codes), sensors, codes.shape[1], time)[:, :, 0]
+        if self.interleaved:
+
+            def turn(encoder: CodeEncoder, memory: State, token: Array) -> tuple[State, Array]:
+                out, memory = encoder.backbone.step(token, memory)
+                return memory, out
+
+            over_rows = nn.scan(turn, variable_broadcast=True, split_rngs={"params": False}, in_axes=1, out_axes=1)
+            memory, tokens = over_rows(self, memory, x)
+        else:
+            tokens, memory = self.backbone.step(x.reshape(-1, self.dim), memory)
+        return tokens.reshape(x.shape), (memory, time + 1)
 
     @nn.nowrap
     def flops(self, rows: int, frames: int) -> float:
         """Operations of one example's forward pass, a multiply-add counting two.
 
-        Those of the matrices, and of the scores of attention as if every token saw all; what the states of other
-        mixers cost besides is left out.
+        Those of the matrices, and of the scores and means of attention with as many tokens as `compared` says; what
+        the states of other mixers cost besides is left out.
         """
         params: Any = jax.eval_shape(self.init, jax.random.key(0), *self.example())["params"]
         matrices = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params["backbone"])) if leaf.ndim > 2)
-        length = frames if self.causal else rows * frames
-        attention = sum(MIXERS[name].startswith("zoo.attention") for name in self.mixers)
+        length = frames if self.causal and not self.interleaved else rows * frames
+        options = self._mixer_options()
+        each = sum(compared(create_mixer(name, self.dim, **options[name]), length) for name in self.mixers)
         join = self.code_width * len(self.code_sizes) * self.dim
-        return float(2 * rows * frames * (matrices + join + 2 * attention * length * self.dim))
+        return float(2 * rows * frames * (matrices + join + 2 * each * self.dim))
 
     @nn.nowrap
     def example(self) -> tuple[Array, Sensors]:
@@ -235,6 +250,22 @@ class CodeEncoder(nn.Module):
         place = self._places(sensors, rows)[:, :, None].astype(self.dtype)
         return x + place + self._times(first, x.shape[2]).astype(self.dtype)
 
+    @nn.nowrap
+    def _as_sequences(self, x: Shaped[Array, "B R A F"]) -> Shaped[Array, "S T F"]:
+        """The sequences that mixers see: all, each row, or all frame by frame."""
+        batch, rows, frames, width = x.shape
+        if self.interleaved:
+            return x.swapaxes(1, 2).reshape(batch, -1, width)
+        return x.reshape(batch * rows, frames, width) if self.causal else x.reshape(batch, -1, width)
+
+    @nn.nowrap
+    def _as_grid(self, x: Shaped[Array, "S T F"], grid: Sequence[int]) -> Shaped[Array, "B R A F"]:
+        """Sequences on their grid (B, R, A) again."""
+        batch, rows, frames = grid
+        if self.interleaved:
+            return x.reshape(batch, frames, rows, -1).swapaxes(1, 2)
+        return x.reshape(batch, rows, frames, -1)
+
     def _places(self, sensors: Sensors, rows: int) -> Float[Array, "_ R D"]:
         """Embeddings of rows. Of a valid channel that nothing is known of it is NaN, and so is the loss."""
         if self.place == "index":
@@ -276,14 +307,29 @@ class CodeEncoder(nn.Module):
         return options
 
 
+def compared(mixer: Mixer, length: int) -> float:
+    """How many tokens, or what stands for them, attention compares each of `length` tokens with; 0 without attention.
+
+    As if every token saw all that its mixer lets any see, past and future alike.
+    """
+    if not type(mixer).__module__.startswith("zoo.attention"):
+        return 0.0
+    seen: Any = mixer
+    if "selected_blocks" in mixer.__dataclass_fields__:
+        return min(float(length), length / seen.stride + seen.selected_blocks * seen.block_size + seen.window)
+    return float(min(length, getattr(mixer, "window", length)))
+
+
 class TokenizedEncoder(nn.Module):
     """A tokenizer and an encoder of its codes, together an encoder of signals.
 
-    Its parameters are the encoder's; the tokenizer's variables, in the collection `tokenizer`, are only read.
+    Its parameters are the encoder's; the tokenizer's variables, in the collection `tokenizer`, are only read. `stretch`
+    as in `tokenised`.
     """
 
     tokenizer: Tokenizer
     encoder: CodeEncoder
+    stretch: int = 0
 
     def setup(self) -> None:
         nn.share_scope(self, self.encoder)
@@ -298,18 +344,32 @@ class TokenizedEncoder(nn.Module):
     ) -> Encoded:
         """signal [B, C, T] as the tokenizer takes it → Encoded, a token for each of its tokens; mask [B, N] hides."""
         tokenizer = self.tokenizer.clone(parent=None)
-        codes: Any = tokenizer.apply(self.variables[COLLECTION], signal, sensors, method="encode")
-        rows = tokenizer.grid(*signal.shape[1:])[0]
+        codes = tokenised(tokenizer, self.variables[COLLECTION], signal, sensors, self.stretch)
+        rows = tokenizer.grid(signal.shape[1], self.stretch or signal.shape[2])[0]
         return self.encoder(codes, sensors, rows=rows, mask=mask, train=train)
 
 
 _NEAR: dict[str, Any] = {"causal": True, "time": "none", "mixer_options": {"sliding_window": {"window": 128}}}
 
+_LONG: dict[str, Any] = {"dim": 2048, "mixers": (*("retention",) * 3, "softmax") * 4}
+_NIGHT: dict[str, Any] = {
+    "causal": True,
+    "interleaved": True,
+    "time": "none",
+    "dim": 4096,
+    "mixers": ("native_sparse",) * 32,
+    "mixer_options": {"native_sparse": {"heads": 32, "kv_heads": 2}},
+    "mlp": "swiglu",
+    "mlp_options": {"hidden": 14_336},
+}
+
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "codes_tiny": ({}, 444_672, "both ways"),
     "codes_small": ({"dim": 256, "mixers": ("softmax",) * 6}, 4_828_672, "both ways"),
+    "codes_1b": (_LONG, 1_007_663_104, "both ways, for windows of tens of thousands of tokens"),
     "next_codes_tiny": ({**_NEAR, "mixers": ("sliding_window",) * 2}, 444_672, "causal"),
     "next_codes_small": ({**_NEAR, "dim": 256, "mixers": ("sliding_window",) * 5}, 4_040_448, "causal"),
+    "next_codes_7b": (_NIGHT, 6_961_512_448, "causal over all channels, for hundreds of thousands of tokens"),
 }
 """Options, parameters with a codebook of 256 codes, direction. All are ours; the last has MEG-GPT's width and depth."""
 

@@ -18,8 +18,9 @@ Time is split where the rules put "tokens" on a mesh axis of more than one devic
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,22 @@ def splits_time(length: int, multiple: int = 1) -> bool:
         return False
     names = _split_names(mesh, ((length,),), (("tokens",),))
     return _time_axis(mesh, names, length, multiple) is not None
+
+
+@contextlib.contextmanager
+def shared_out(examples: int) -> Iterator[None]:
+    """Inside, so many examples lie on the devices of tokens too, each whole on one: what examples are cut into.
+
+    Where they do not divide among these devices, the rules stay as they are.
+    """
+    rules = dict(nn.get_logical_axis_rules())
+    both = tuple(axis for name in ("batch", "tokens") for axis in _several(rules.get(name)))
+    mesh = _mesh()
+    if mesh is None or examples % math.prod(mesh.shape.get(axis, 1) for axis in both):
+        yield
+        return
+    with nn.logical_axis_rules([*{**rules, "batch": both, "tokens": None}.items()]):
+        yield
 
 
 def linear_attention(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
@@ -164,11 +181,15 @@ def _split_names(mesh: AbstractMesh, shapes: Sequence[tuple[int, ...]], axes: Se
     names = {}
     for axis, found in sizes.items():
         rule = rules.get(axis) or ()
-        over = tuple(each for each in ((rule,) if isinstance(rule, str) else rule) if mesh.shape.get(each, 1) > 1)
+        over = tuple(each for each in _several(rule) if mesh.shape.get(each, 1) > 1)
         parts = math.prod(mesh.shape[each] for each in over)
         if over and all(size % parts == 0 for size in found):
             names[axis] = over
     return names
+
+
+def _several(rule: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
 
 
 def _is_axes(x: Any) -> bool:

@@ -68,13 +68,19 @@ class MaskedCodes(CodeTask):
         found = []
         for side, dropout in zip(sides, dropouts, strict=False):
             given, options = self._given(batch, codes, rows, side)
-            logits: Any = self.module().apply(
-                variables, *given, **options, train=train, rngs={"dropout": dropout, "noise": dropout}
+            guessed: Any = self.module().apply(
+                variables,
+                *given,
+                **options,
+                wanted=codes,
+                train=train,
+                rngs={"dropout": dropout, "noise": dropout},
+                method="guesses",
             )
-            nats, right, count = prediction_sums(logits, codes, side)
+            nats, right, count = prediction_sums(guessed[0], guessed[1], codes, side)
             total = jnp.maximum(count.sum(), 1)
             uniform = nats / jnp.log(jnp.maximum(jnp.asarray(sizes, jnp.float32), 2))
-            found.append([each.sum() / total for each in (nats, right, uniform)])
+            found.append([figure.sum() / total for figure in (nats, right, uniform)])
         losses, accuracy, of_uniform = (jnp.stack(each) for each in zip(*found, strict=True))
         metrics = {
             "cross_entropy": losses.mean(),
@@ -104,7 +110,7 @@ class MaskedCodes(CodeTask):
         if "mask" not in batch:
             return random_mask(key, there, self.ratio)
         mask = jnp.asarray(batch["mask"])
-        rows, frames = self.frozen[0].grid(*batch["signal"].shape[1:])
+        rows, frames = self.grid(*batch["signal"].shape[1:])
         if mask.shape[1:] != (rows, frames):
             raise ZooError(
                 f"task: got a mask of {mask.shape[1:]} patches, wanted the tokenizer's {(rows, frames)} tokens: set "
@@ -113,7 +119,7 @@ class MaskedCodes(CodeTask):
         return mask.reshape(there.shape) & there
 
     def _check(self, batch: Batch) -> None:
-        tokenizer, encoder = self.frozen[0], self.reader()
+        encoder = self.reader()
         if not 0 < self.ratio < 1:
             raise ZooError(f"task.ratio: got {self.ratio}, wanted between 0 and 1")
         if self.reads_codes:
@@ -121,7 +127,7 @@ class MaskedCodes(CodeTask):
                 raise ZooError(f"task.model: {self.model} is causal: hidden codes want an encoder that looks both ways")
             return
         channels, samples = batch["signal"].shape[1:]
-        rows, frames = tokenizer.grid(channels, samples)
+        rows, frames = self.grid(channels, samples)
         own = encoder.grid(channels, samples) if hasattr(encoder, "grid") else self._patches(channels, samples)
         if own != (rows, frames):
             raise ZooError(

@@ -72,14 +72,25 @@ class NextCode(CodeTask):
         """
         sizes = self.frozen[0].code_sizes
         codes, rows = self.tokenised(variables, batch)
-        logits: Any = self.module().apply(
-            variables, codes, batch["sensors"], rows=rows, train=train, rngs={"dropout": key, "noise": key}
+        # Of each frame the next is wanted; of the last, and before the tail, nothing.
+        grid = codes.reshape(len(codes), rows, -1, codes.shape[-1])
+        target = jnp.pad(grid[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=-1)
+        if self.tail:
+            target = target.at[:, :, : -1 - self.tail].set(-1)
+        found: Any = self.module().apply(
+            variables,
+            codes,
+            batch["sensors"],
+            rows=rows,
+            wanted=target.reshape(codes.shape),
+            groups=rows,
+            train=train,
+            rngs={"dropout": key, "noise": key},
+            method="guesses",
         )
-        counted = slice(-self.tail if self.tail else None, None)
-        grid, logits = (each.reshape(len(codes), rows, -1, *each.shape[2:]) for each in (codes, logits))
-        before, target, logits = (each[:, :, counted] for each in (grid[:, :, :-1], grid[:, :, 1:], logits[:, :, :-1]))
         there = (target >= 0).any(-1)
-        nats, right, count = prediction_sums(logits, target, there)
+        guess, hit = (each.reshape(target.shape) for each in found)
+        nats, right, count = prediction_sums(guess, hit, target, there)
         total = jnp.maximum(count.sum(), 1)
         counts = code_counts(target, sizes)
         entropy = -counts * jnp.log(jnp.maximum(counts / jnp.maximum(count, 1)[:, None], 1e-30))
@@ -87,7 +98,7 @@ class NextCode(CodeTask):
         metrics |= {
             "entropy": entropy.sum() / total,
             "accuracy": right.sum() / total,
-            "repeat_accuracy": jnp.sum((before == target) & (target >= 0)) / total,
+            "repeat_accuracy": jnp.sum((grid == target) & (target >= 0)) / total,
             "weight": there.sum().astype(jnp.float32),
         }
         new: Variables = {}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
+_SAME = ("bitcast", "copy", "convert")
+"""What changes no more than the form of an operand inside a fusion."""
 _NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 
 
@@ -45,17 +47,60 @@ class Hlo:
         yield from self._of("", 1, "", fused, frozenset())
 
     def traffic(self) -> float:
-        """Bytes that instructions read and write in the device's main memory: each fusion its operands and results."""
+        """Bytes that instructions read and write in the device's main memory: each fusion its operands and results.
+
+        Of an operand that is only sliced what the slices hold counts, and where an array is updated in place what is
+        put into it: a loop that keeps something of every turn writes it once.
+        """
         sizes = {name: {_name(line): _bytes(_shape(line)) for line in lines} for name, lines in self._run_alone()}
         total = 0.0
         for run in self.runs(fused=False):
-            operation = re.search(r"[\]}\)] ([\w\-]+)\(", run.line)
-            if operation is None or operation[1] in _NO_TRAFFIC:
+            operation = _operation(run.line)
+            if operation is None or operation in _NO_TRAFFIC:
                 continue
             known = sizes.get(run.loop, {})
-            operands = re.findall(r"%([\w.\-]+)", run.line.split(f" {operation[1]}(", 1)[1].split("), ")[0])
-            total += run.times * (_bytes(_shape(run.line)) + sum(known.get(each, 0) for each in operands))
+            operands, result = [known.get(each, 0) for each in _operands(run.line)], _bytes(_shape(run.line))
+            inner = re.search(r"fusion\(.*calls=%?([\w.\-]+)", run.line)
+            if operation == "dynamic-slice":
+                operands[:1] = [result]
+            elif operation == "dynamic-update-slice":
+                operands[:1], result = [0], operands[1]
+            elif inner:
+                operands, result = self._fused(inner[1], operands, result)
+            total += run.times * (result + sum(operands))
         return total
+
+    def _fused(self, name: str, operands: list[int], result: int) -> tuple[list[int], int]:
+        """Bytes that a fusion reads of each of its operands, and writes."""
+        lines = list(self.computations.get(name, ()))
+        shapes = {_name(line): _bytes(_shape(line)) for line in lines}
+        same = {_name(line): _operands(line)[0] for line in lines if _operation(line) in _SAME}
+
+        def source(value: str) -> str:
+            while value in same:
+                value = same[value]
+            return value
+
+        read = list(operands)
+        places = {_name(line): int(match[1]) for line in lines if (match := re.search(r" parameter\((\d+)\)", line))}
+        uses: dict[str, list[tuple[str, int]]] = {each: [] for each in places}
+        for line in lines:
+            if _operation(line) in _SAME:
+                continue
+            for order, operand in enumerate(_operands(line)):
+                if source(operand) in uses:
+                    uses[source(operand)].append((line, order))
+        written = result
+        for each, found in uses.items():
+            sliced = [_operation(line) for line, order in found if order == 0]
+            if found and len(sliced) == len(found) and set(sliced) <= {"dynamic-slice", "dynamic-update-slice"}:
+                whole = operands[places[each]]
+                slices = [_name(line) for line, _ in found if _operation(line) == "dynamic-slice"]
+                updates = [_operands(line)[1] for line, _ in found if _operation(line) == "dynamic-update-slice"]
+                read[places[each]] = min(whole, sum(shapes[name] for name in slices))
+                if updates:
+                    written += sum(shapes.get(name, 0) for name in updates) - whole
+        return read, max(written, 0)
 
     def _run_alone(self) -> Iterator[tuple[str, Sequence[str]]]:
         """The entry and the bodies of loops."""
@@ -84,6 +129,17 @@ class Hlo:
             lines += self.computations.get(name, ())
         bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
         return max(map(int, bounds), default=1)
+
+
+def _operation(line: str) -> str | None:
+    match = re.search(r"[\]})] ([\w\-]+)\(", line)
+    return match[1] if match else None
+
+
+def _operands(line: str) -> list[str]:
+    """Names of an instruction's operands in order."""
+    operation = _operation(line)
+    return re.findall(r"%([\w.\-]+)", line.split(f" {operation}(", 1)[1].split("), ")[0]) if operation else []
 
 
 def _name(line: str) -> str:

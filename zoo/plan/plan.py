@@ -115,7 +115,9 @@ def plan(config: Config, target: Target, channels: int = 0) -> tuple[Plan, Any]:
 
     mesh = target.mesh(config.mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
-    program = Program(config, config.task, mesh, place.abstract(example(config, channels)))
+    # A task that needs what another run has trained may know how to do with its shapes.
+    task = config.task.planned() if hasattr(config.task, "planned") else config.task
+    program = Program(config, task, mesh, place.abstract(example(config, channels)))
     started = time.perf_counter()
     compiled = _compile(program, target)
     seconds = time.perf_counter() - started
@@ -156,37 +158,52 @@ def plan(config: Config, target: Target, channels: int = 0) -> tuple[Plan, Any]:
 
 
 def example(config: Config, channels: int = 0) -> Batch:
-    """A batch of one example of zeros, as `zoo.data.loader.Loader` gives them.
+    """A batch of one example of zeros, as the loader gives them (`zoo.data.loader`, `zoo.data.paired`).
 
     Its channels are `channels`, else `data.channels`, else those of the prepared dataset; its rate that of the recipe,
-    else the dataset's. Raises ZooError where nothing tells.
+    else the dataset's. Modalities have their own. Raises ZooError where nothing tells.
     """
-    from zoo.types import Sensors
-
     data = config.data
-    count, rate = channels or data.channels, data.recipe.rate_hz
-    if not count or not rate:
-        from zoo.data.store import Dataset
-
-        from zoo.data.remote import locate
-
-        place = locate(data.prepared)
-        if isinstance(place, Path) and not (place / "dataset.json").is_file():
-            lacking = "channels: give --channels" if not count else "rate: give --data.recipe.rate-hz"
-            raise ZooError(f"{data.prepared} is not prepared yet and nothing tells its {lacking}")
-        dataset = Dataset.open(place)
-        count, rate = count or dataset.n_channels, rate or dataset.rate_hz
+    fields = {name: np.zeros(1, np.int32) for name in ("record", "start", "label", "subject")}
+    if data.paired:
+        batch: Batch = {**fields, "stimulus": np.zeros(1, np.int32)}
+        for name, each in data.paired.items():
+            told = f"--data.paired.{name}.channels", f"--data.paired.{name}.rate-hz"
+            count, rate = _size(each.prepared, each.channels, each.rate_hz, *told)
+            batch[name] = _window(count, round(each.window_seconds * rate), 0)
+        return batch
+    count, rate = _size(
+        data.prepared, channels or data.channels, data.recipe.rate_hz, "--channels", "--data.recipe.rate-hz"
+    )
     samples = round(data.window_seconds * rate)
-    where, index = np.zeros((1, count, 3), np.float32), np.zeros((1, count), np.int32)
-    kind = np.full_like(index, KINDS.index(data.recipe.kinds[0]))
-    batch: Batch = {
-        "signal": np.zeros((1, count, samples), np.float32),
-        "sensors": Sensors(where, where, kind, index, np.ones((1, count), bool)),
-        **{name: np.zeros(1, np.int32) for name in ("record", "start", "label", "subject")},
-    }
+    batch = {**_window(count, samples, KINDS.index(data.recipe.kinds[0])), **fields}
     if data.mask_patch:
         batch["mask"] = np.zeros((1, count, samples // data.mask_patch), bool)
     return batch
+
+
+def _size(prepared: str | Path, channels: int, rate: float | None, *options: str) -> tuple[int, float]:
+    """Channels and rate as given, else those of the prepared dataset."""
+    if not channels or not rate:
+        from zoo.data.remote import locate
+        from zoo.data.store import Dataset
+
+        place = locate(prepared)
+        if isinstance(place, Path) and not (place / "dataset.json").is_file():
+            lacking = "channels: give " + options[0] if not channels else "rate: give " + options[1]
+            raise ZooError(f"{prepared} is not prepared yet and nothing tells its {lacking}")
+        dataset = Dataset.open(place)
+        channels, rate = channels or dataset.n_channels, rate or dataset.rate_hz
+    return channels, rate
+
+
+def _window(channels: int, samples: int, kind: int) -> dict[str, Any]:
+    """Signal and sensors of one example."""
+    from zoo.types import Sensors
+
+    where, index = np.zeros((1, channels, 3), np.float32), np.zeros((1, channels), np.int32)
+    sensors = Sensors(where, where, np.full_like(index, kind), index, np.ones((1, channels), bool))
+    return {"signal": np.zeros((1, channels, samples), np.float32), "sensors": sensors}
 
 
 def table(made: Plan) -> str:

@@ -8,6 +8,8 @@ et al., 2410.06424, equation 5.
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from kernels.nearest_code import METRICS, code_statistics, nearest_code
 from zoo.errors import ZooError
+from zoo.layers.devices import on_devices
 from zoo.layers.parameters import partitioned
 from zoo.layers.quantizers.quantizer import (
     COLLECTION,
@@ -99,7 +102,7 @@ class VectorQuantizer(Quantizer):
         if train and not self.is_initializing():
             self._start(x, valid)
         codebook = self.codebook()
-        codes = nearest_code(x, lax.stop_gradient(codebook), metric=self.metric)
+        codes = _nearest(x, lax.stop_gradient(codebook), self.metric)
         nearest = jnp.take(codebook, codes, axis=0)
         losses = {
             "commitment": self.commitment * mean_where(jnp.square(x - lax.stop_gradient(nearest)).mean(-1), valid)
@@ -157,7 +160,7 @@ class VectorQuantizer(Quantizer):
 
     def _update(self, x: Array, codes: Array, valid: Array | None) -> None:
         """Averages over what this batch assigned, then new places for dead codes."""
-        counts, sums = code_statistics(x, codes, self.codes, valid=valid)
+        counts, sums = _statistics(x, codes, self.codes, jnp.ones(codes.shape, bool) if valid is None else valid)
         usage = self.decay * self.usage.value + (1 - self.decay) * counts
         self.usage.value = usage
         if self.learning == "ema" and self.metric == "cosine":
@@ -214,13 +217,34 @@ def kmeans(
 
     def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         means = carry[0]
-        counts, sums = code_statistics(x, nearest_code(x, means, metric=metric), codes, valid=weight > 0)
+        counts, sums = _statistics(x, _nearest(x, means, metric), codes, weight > 0)
         new = sums / jnp.maximum(counts, 1)[:, None]
         if metric == "cosine":
             new = unit(new)
         return jnp.where(counts[:, None] > 0, new, means), counts
 
     return lax.fori_loop(0, iterations, step, (means, jnp.zeros(codes, jnp.float32)))
+
+
+def _nearest(x: Array, codebook: Array, metric: str) -> Array:
+    """`nearest_code`, each device of a mesh its own rows: the compiler cannot split the kernel."""
+    axes = ("batch", *(None,) * (x.ndim - 1))
+    found: Array = on_devices(partial(nearest_code, metric=metric), (x, codebook), (axes, (None, None)), axes[:-1])
+    return found
+
+
+def _statistics(x: Array, codes: Array, size: int, valid: Array) -> tuple[Array, Array]:
+    """`code_statistics`, each device of a mesh those of its own rows, which are then added."""
+
+    def op(x: Array, codes: Array, valid: Array) -> tuple[Array, Array]:
+        counts, sums = code_statistics(x, codes, size, valid=valid)
+        return counts[None], sums[None]
+
+    axes = ("batch", *(None,) * (x.ndim - 1))
+    counts, sums = on_devices(
+        op, (x, codes, valid), (axes, axes[:-1], axes[:-1]), (("batch", None), ("batch", None, None))
+    )
+    return counts.sum(0), sums.sum(0)
 
 
 def _flat(x: Array, valid: Array | None) -> tuple[Array, Array]:
