@@ -139,18 +139,28 @@ def prepare(arguments: Sequence[str]) -> None:
     )
 
 
-def train(arguments: Sequence[str]) -> None:
-    """zoo train CONFIG [--profile] [--resume | --no-resume] [OPTIONS]"""
+def train(arguments: Sequence[str]) -> int:
+    """zoo train CONFIG [--profile] [--resume | --no-resume] [--stopped-code N] [OPTIONS]
+
+    N is the exit code of a run that was asked to end before its last step, 0 unless given: a scheduler that would take
+    0 for done wants another, see configs/launch.
+    """
     if not arguments or arguments[0].startswith("-"):
         raise ZooError("usage: zoo train CONFIG [OPTIONS]; `zoo train CONFIG --help` lists the options")
+    file, *options = arguments
+    stopped_code = _taken(options, "--stopped-code", "zoo train") or "0"
+    if not (stopped_code.isdigit() and int(stopped_code) < 256):
+        raise ZooError(f"zoo train: --stopped-code {stopped_code}: wanted 0 to 255")
     short = {"--profile": "--train.profile", "--resume": "--train.resume", "--no-resume": "--train.no-resume"}
     from zoo.run import train as run
     from zoo.train.stop import Stopped
 
     try:
-        run(Path(arguments[0]), [short.get(each, each) for each in arguments[1:]])
+        run(Path(file), [short.get(each, each) for each in options])
     except Stopped as stopped:
         print(stopped)
+        return int(stopped_code)
+    return 0
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -339,6 +349,10 @@ def _in_short(value: Any) -> str:
 
 def _taken(arguments: list[str], option: str, command: str) -> str:
     """Takes `option` and the name behind it out of the arguments; "" where it is not there."""
+    for at, each in enumerate(arguments):
+        if each.startswith(f"{option}="):
+            arguments[at : at + 1] = each.split("=", 1)
+            break
     if option not in arguments:
         return ""
     at = arguments.index(option)
