@@ -124,8 +124,17 @@ def _all_rounds(ring: Ring, step: Callable[[Rounds, Any, Any], Any], carry: Any)
         if rounds.first == rounds.last:
             carry = step(rounds, rounds.first, carry)
         else:
-            carry = lax.fori_loop(rounds.first, rounds.last + 1, partial(step, rounds), carry)
+            carry = _loop(rounds.first, rounds.last, partial(step, rounds), carry)
     return carry
+
+
+def _loop(first: int, last: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`lax.fori_loop` that is never a scan, whose constants JAX would stack for all rounds where it looks for them."""
+
+    def body(counted: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return counted[0] + 1, step(*counted)
+
+    return lax.while_loop(lambda counted: counted[0] <= last, body, (jnp.int32(first), carry))[1]
 
 
 def _by_place(ring: Ring, rounds: Rounds, distance: Any, meet: Callable[..., Any], keys: Keys, sums: Any) -> Any:
@@ -170,7 +179,7 @@ def reordered(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any
 
         return jax.tree.map(put, visiting, taken), passed_on(visiting, axis, size)
 
-    return lax.fori_loop(0, size, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
+    return _loop(0, size - 1, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
 
 
 def _reordered_forward(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any:
