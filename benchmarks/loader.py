@@ -7,6 +7,11 @@ and without records held in memory, with other numbers of threads, and for all c
 configuration draws. Speeds are windows a second, MB of them a second, and multiples of what training uses in the same
 run; the speed of preparation is seconds of recording per second of one core. No speed is shown for batches that are
 not, bit for bit, what `Dataset.read` gives.
+
+    python benchmarks/loader.py --shards 1000 [--json shards.json]
+
+reads a made dataset of so many shards of a megabyte instead (`benchmarks/many_shards.py`): time and memory to open it,
+windows a second from a cold and a warm page cache, by threads, by how the shards are reached, and mixed.
 """
 
 from __future__ import annotations
@@ -47,7 +52,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.py"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shards", type=int, default=0, help="read a made dataset of so many shards instead")
     arguments = parser.parse_args()
+    if arguments.shards:
+        from benchmarks.many_shards import measure
+
+        measure(arguments.shards, arguments.threads, arguments.json)
+        return
     config = load_config(arguments.config)
     with tempfile.TemporaryDirectory() as folder:
         preparation = time_preparation(config, Path(folder) / "prepared")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,10 +90,15 @@ def test_threads_and_pickles_read_the_same(dataset: Dataset) -> None:
 
 
 def test_few_shards_stay_open(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "_alive", weakref.WeakSet([dataset._shards]))
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 4)
     for i in range(len(dataset)):
         dataset[i]
-    assert len(dataset._shards._readers) == 2
+    assert len(dataset._shards._readers) == 4
+    another = Dataset.open(dataset.path)  # they share what may be open
+    for each in (another, dataset):
+        each[0], each[20], each[40]
+        assert len(each._shards._readers) == 2
 
 
 def test_large_recordings_fill_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import threading
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,8 +18,10 @@ import numpy.typing as npt
 from zoo.data.remote import Place, Remote, ShardCache, record_ranges, without_headers
 from zoo.errors import ZooError
 
-OPEN_SHARDS = 256
-"""Shards a dataset keeps open; a big one has more files than a process may open."""
+OPEN_SHARDS = max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3)
+"""Shards that all datasets together keep open: fewer than the files a process may open, and a big one has more."""
+
+_alive: weakref.WeakSet[Shards] = weakref.WeakSet()
 
 
 class Shards:
@@ -82,7 +86,7 @@ class Shards:
             raise ZooError(f"{shard}: not a whole ArrayRecord file: truncated or overwritten")
         with self._lock:
             self._readers[number] = reader
-            if len(self._readers) > OPEN_SHARDS:
+            while len(self._readers) > max(1, OPEN_SHARDS // len(_alive)):
                 self._readers.popitem(last=False)
         return reader
 
@@ -96,6 +100,7 @@ class Shards:
     def _forget_what_is_open(self) -> None:
         self._lock = threading.Lock()
         self._readers: OrderedDict[int, Any] = OrderedDict()
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {field: value for field, value in self.__dict__.items() if field not in ("_lock", "_readers")}
