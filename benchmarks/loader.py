@@ -33,10 +33,10 @@ import numpy as np
 # Before this file's own folder, in which `kernels` would be this folder's file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zoo.batches import find_source, make_loader
 from zoo.data.prepare import prepare
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
-from zoo.run import find_source, make_loader
 from zoo.train.config import Config, load_config
 from zoo.train.mesh import BatchPlacer, make_mesh
 from zoo.train.state import Program

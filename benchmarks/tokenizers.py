@@ -35,13 +35,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import zoo
+from zoo.batches import find_source
 from zoo.data.prepare import prepare
 from zoo.data.recipes import RECIPES, Recipe
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
 from zoo.evaluate.codes import BANDS, BOLD_BANDS, reconstruction, usage
 from zoo.objectives.train_tokenizer import TrainTokenizer
-from zoo.run import find_source
 from zoo.terminal import parse
 from zoo.types import Sensors
 

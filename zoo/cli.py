@@ -123,8 +123,8 @@ def prepare(arguments: Sequence[str]) -> None:
     chosen = parse(Prepare, options, prog="zoo prepare SOURCE OUT", default=Prepare(recipe=base))
     source, out = _words(words, "zoo prepare SOURCE OUT [--recipe NAME]", 2)
 
+    from zoo.batches import find_source
     from zoo.data.prepare import prepare as prepare_recordings
-    from zoo.run import find_source
 
     prepare_recordings(
         find_source(source),

@@ -140,7 +140,7 @@ class Embedding:
 
 def run(file: str, weights: Weights, chosen: Options) -> Embedding:
     """`zoo embed`: checks where it will write, embeds, writes and says what."""
-    from zoo.run import find_source
+    from zoo.batches import find_source
 
     out = chosen.out or Path(f"{Path(file).name.partition('.')[0]}.npz")
     check_ending(out, chosen.tokens)

@@ -63,11 +63,12 @@ def generate(run: Path, out: Path, options: Options = Options()) -> Mapping[str,
     """
     import jax
 
+    from zoo.batches import make_loader, open_dataset
     from zoo.data.store import disk_errors, write_file
     from zoo.encoders.decoding import TopP
     from zoo.objectives.next_code import NextCode
     from zoo.objectives.over_codes import COLLECTION
-    from zoo.run import make_loader, open_dataset, trained_parameters
+    from zoo.run import trained_parameters
 
     config, params, collections = trained_parameters(run, options.step)
     task: Any = config.task

@@ -11,11 +11,12 @@ from small import STEPS, finish, start
 
 import zoo
 import zoo.run
+from zoo.batches import open_dataset
 from zoo.data.loader import Loader
 from zoo.data.store import Dataset
 from zoo.data.windows import event_windows
 from zoo.errors import ZooError
-from zoo.run import embed, open_data, stored_config
+from zoo.run import embed, stored_config
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.mesh import BatchPlacer, make_mesh
 from zoo.train.state import Program
@@ -64,7 +65,7 @@ def test_it_gives_the_pooled_features_of_the_run_with_averaged_weights(moved, wi
 
 
 def first_batch(config, place):
-    dataset = open_data(config)
+    dataset = open_dataset(config)
     options = {"window": 200, "batch_size": 16, "seed": 0, "mask_patch": 200, "mask_ratio": 0.5, "rows": place.rows}
     return next(Loader(dataset, dataset.splits["train"], **options).at(0))
 
