@@ -40,7 +40,8 @@ first, *rest = answers.read_text().split() if answers.exists() else ["0"]
 if rest:
     answers.write_text(" ".join(rest))
 if first == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit({stopped}))
+    asked = signal.SIGUSR2 if {name!r} == "mpirun" else signal.SIGTERM
+    signal.signal(asked, lambda *_: sys.exit({stopped}))
     (here / "waiting").touch()
     time.sleep(60)
 if first.isalpha():
@@ -61,7 +62,8 @@ class Commands:
             file.chmod(0o755)
 
     def answer(self, name: str, *answers: object) -> None:
-        """Exit codes, or words that it prints, one a call, the last for ever; `wait`: sleeps until SIGTERM."""
+        """Exit codes, or words that it prints, one a call, the last for ever; `wait`: sleeps until it is asked
+        to end: by SIGTERM, mpirun by SIGUSR2, which is what it hands on."""
         (self.folder / name).write_text(" ".join(map(str, answers)))
 
     def start(self, *command: object, **variables: object) -> Any:
@@ -74,6 +76,7 @@ class Commands:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.folder,
+            start_new_session=True,
         )
 
     def run(self, *command: object, **variables: object) -> tuple[int, str]:
@@ -81,6 +84,12 @@ class Commands:
         process = self.start(*command, **variables)
         out = process.communicate(timeout=60)[0]
         return process.returncode, out
+
+    def wait(self) -> None:
+        """Until a command waits."""
+        while not (self.folder / "waiting").exists():
+            time.sleep(0.01)
+        (self.folder / "waiting").unlink()
 
     @property
     def calls(self) -> list[list[str]]:
@@ -192,7 +201,7 @@ def test_mpirun_starts_a_run_on_every_host_and_again(tmp_path, parsed):
     assert commands.calls == [call] * 4
     assert call[: call.index("zoo")] == [
         *("mpirun", "--hostfile", "hosts.txt", "--map-by", "ppr:1:node", "--bind-to", "none", "-np", "3"),
-        *("-x", "PATH"),
+        *("-x", "PATH", "bash", "-c", call[13], "host"),
     ]
     config = parsed(zoo_arguments(call))
     assert (config.devices.platform, config.devices.coordinator) == ("cpu", "alpha:8000")
@@ -217,16 +226,27 @@ def test_mpirun_begins_again_only_what_can_go_on(tmp_path):
 
 
 def test_mpirun_hands_sigterm_on_and_waits(tmp_path):
-    commands = Commands(tmp_path, "mpirun")
+    commands = Commands(tmp_path, "mpirun", "zoo")
     (tmp_path / "hosts.txt").write_text("alpha\n")
     commands.answer("mpirun", "wait")
     process = commands.start(MPI)
-    while not (tmp_path / "waiting").exists():
-        time.sleep(0.01)
+    commands.wait()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == STOPPED
-    assert len(commands.calls) == 1
+    (call,) = commands.calls
+
+    # What mpirun starts on a host gets its SIGUSR2, and so do all of its children.
+    on_host = call[call.index("bash") + 1 :]
+    commands.answer("zoo", "wait")
+    process = commands.start(*on_host)
+    commands.wait()
+    os.killpg(process.pid, signal.SIGUSR2)
+    process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+    for code in (0, LOST):
+        commands.answer("zoo", code)
+        assert commands.run(*on_host)[0] == code
 
 
 def test_tpu_slices_are_asked_for_and_given_back(tmp_path):

@@ -19,8 +19,13 @@ PAUSE=${PAUSE:-30}               # seconds before it begins again
 ZOO=${ZOO:-zoo}                  # the command, at the same path on every host
 STOPPED=75
 
-# Time to save, between the SIGTERM that mpirun hands on and its SIGKILL: Open MPI 4 and 5 call it differently.
-export OMPI_MCA_odls_base_sigkill_timeout=300 PRTE_MCA_odls_base_sigkill_timeout=300
+# mpirun leaves processes no time between SIGTERM and SIGKILL, but hands SIGUSR2 on, to all processes that it started: here
+# that is made of the one, and on each host the one of it again.
+# shellcheck disable=SC2016
+ON_HOST='trap "kill -TERM \$run" USR2
+(trap "" USR2; exec "$@") & run=$!
+while wait $run; code=$?; kill -0 $run 2>/dev/null; do :; done
+exit $code'
 
 if [[ ! -s $HOSTS ]]; then
   echo "$HOSTS: no such file of hosts" >&2
@@ -28,12 +33,12 @@ if [[ ! -s $HOSTS ]]; then
 fi
 read -ra options <<<"$OPTIONS"
 stopped=
-trap 'stopped=1; kill -TERM "$run" 2>/dev/null' TERM INT
+trap 'stopped=1; kill -USR2 "$run" 2>/dev/null' TERM INT
 
 for ((restart = 0; ; restart++)); do
   mapfile -t hosts < <(sed 's/#.*//' "$HOSTS" | awk 'NF {print $1}')
   mpirun --hostfile "$HOSTS" --map-by ppr:1:node --bind-to none -np "${#hosts[@]}" -x PATH \
-    "$ZOO" train "$CONFIG" --runs "$RUNS" --name "$NAME" --stopped-code "$STOPPED" \
+    bash -c "$ON_HOST" host "$ZOO" train "$CONFIG" --runs "$RUNS" --name "$NAME" --stopped-code "$STOPPED" \
     --devices.platform "$PLATFORM" --devices.coordinator "${hosts[0]}:$PORT" "${options[@]}" &
   run=$!
   wait "$run"
