@@ -52,20 +52,20 @@ def _lead(place: Place, hello: dict[str, Any], seconds: float) -> Roll:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                raise _refuse(links, _late(hosts, place.processes, seconds)) from None
+                raise _refuse([*links.values()], _late(hosts, place.processes, seconds)) from None
             said = _receive(connection, HELLO_SECONDS)
             if said is None or said.get("run") != hello["run"]:
                 _answer(connection, {"other": f"process 0 at {place.address} trains {hello['run']}"})
                 connection.close()
                 continue
             process, processes = said["process"], said["processes"]
-            links[process if process not in links else -1] = connection
+            came = [*links.values(), connection]
             if processes != place.processes:
                 who = f"process {process} on {said['host']}"
-                raise _refuse(links, f"{who} counts {processes} processes, process 0 counts {place.processes}")
+                raise _refuse(came, f"{who} counts {processes} processes, process 0 counts {place.processes}")
             if process in hosts:
-                raise _refuse(links, f"two processes say they are {process}: on {hosts[process]} and on {said['host']}")
-            hosts[process] = said["host"]
+                raise _refuse(came, f"two processes say they are {process}: on {hosts[process]} and on {said['host']}")
+            hosts[process], links[process] = said["host"], connection
     names = tuple(hosts[process] for process in range(place.processes))
     for connection in links.values():
         _answer(connection, {"hosts": names})
@@ -79,18 +79,20 @@ def _join(place: Place, hello: dict[str, Any], seconds: float) -> Roll:
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
-            send(connection, hello)
-            # Process 0 may have come last: from now on its clock counts.
-            said = _receive(connection, seconds + HELLO_SECONDS)
         except OSError as error:
             found = f"did not answer ({error})"
-            said = None
-        if said is not None and "late" in said:
-            raise Lost(said["late"])
-        if said is not None and "hosts" in said:
+            time.sleep(RETRY_SECONDS)
+            continue
+        _answer(connection, hello)
+        # Process 0 may have come last: from now on its clock counts.
+        said = _receive(connection, seconds + HELLO_SECONDS) or {}
+        if "hosts" in said:
             return Roll(tuple(said["hosts"]), {0: connection})
-        if said is not None:
-            found = f"is another run's: {said.get('other', 'it speaks otherwise')}"
+        connection.close()
+        if "late" in said:
+            raise Lost(said["late"])
+        if "other" in said:
+            found = f"is another run's: {said['other']}"
         time.sleep(RETRY_SECONDS)
     who = f"process {place.process} on {hello['host']}"
     raise Lost(f"{who}: the coordinator {place.address} {found} within {seconds:g} s (devices.start_seconds)")
@@ -141,8 +143,8 @@ def _late(hosts: dict[int, str], processes: int, seconds: float) -> str:
     )
 
 
-def _refuse(links: dict[int, socket.socket], reason: str) -> Lost:
-    for connection in links.values():
+def _refuse(came: list[socket.socket], reason: str) -> Lost:
+    for connection in came:
         _answer(connection, {"late": reason})
         connection.close()
     return Lost(reason)
