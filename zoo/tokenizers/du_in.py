@@ -285,7 +285,7 @@ class DuIN(Tokenizer):
         valid = self.token_valid(sensors, samples)
         x = jnp.where(sensors.valid[..., None], jnp.asarray(signal, jnp.float32), 0)
         x = jnp.pad(x, ((0, 0), (0, self.channels - channels), (0, 0)))
-        x = self.subject_in(jnp.swapaxes(x, 1, 2), _of(subject, batch))
+        x = self.subject_in(jnp.swapaxes(x, 1, 2), _of(subject, signal))
         x = self.embed(x.reshape(batch, -1, self.patch, self.latents), valid[:, 0], train)
         x = self.encoder(x, train)
         z = self.code_in(jnp.tanh(self.code_hidden(x)))
@@ -295,13 +295,14 @@ class DuIN(Tokenizer):
         self, quantized: Float[Array, "B N D"], sensors: Sensors, subject: AnyArray | None, train: bool
     ) -> Float[Array, "B C T"]:
         x = self.decoder(self.code_out(self.code_norm(quantized)), train)
-        x = self.subject_out(self.head(x).astype(jnp.float32), _of(subject, x.shape[0]))
+        x = self.subject_out(self.head(x).astype(jnp.float32), _of(subject, x))
         x = jnp.swapaxes(x, 1, 2)[:, : sensors.valid.shape[1]]
         return jnp.where(sensors.valid[..., None], x, 0)
 
 
-def _of(subject: AnyArray | None, batch: int) -> Int[Array, " B"]:
-    return jnp.zeros(batch, jnp.int32) if subject is None else jnp.asarray(subject)
+def _of(subject: AnyArray | None, x: AnyArray) -> Int[Array, " B"]:
+    """Whose each example of x [B, ...] is: the first person's unless told."""
+    return jnp.zeros(x.shape[0], jnp.int32) if subject is None else jnp.asarray(subject)
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
