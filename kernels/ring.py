@@ -124,11 +124,11 @@ def _all_rounds(ring: Ring, step: Callable[[Rounds, Any, Any], Any], carry: Any)
         if rounds.first == rounds.last:
             carry = step(rounds, rounds.first, carry)
         else:
-            carry = _loop(rounds.first, rounds.last, partial(step, rounds), carry)
+            carry = loop(rounds.first, rounds.last, partial(step, rounds), carry)
     return carry
 
 
-def _loop(first: int, last: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+def loop(first: int, last: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`lax.fori_loop` that is never a scan, whose constants JAX would stack for all rounds where it looks for them."""
 
     def body(counted: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -179,7 +179,7 @@ def reordered(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any
 
         return jax.tree.map(put, visiting, taken), passed_on(visiting, axis, size)
 
-    return _loop(0, size - 1, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
+    return loop(0, size - 1, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
 
 
 def _reordered_forward(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any:

@@ -20,6 +20,7 @@ from zoo.train.mesh import AXES, logical_rules
 QUICK = {"xla_backend_optimization_level": 0}
 DIM, BATCH, LENGTH = 16, 2, 64
 BLOCKS = {"heads": 2, "block_size": 4, "stride": 2, "compression_block": 4, "selected_blocks": 4}
+TITANS = {"heads": 2, "expansion": 2, "chunk": 4, "segment": 8, "window": 6, "persistent": 2}
 
 CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "softmax": ("softmax", {"heads": 2}),
@@ -29,6 +30,10 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "native_sparse": ("native_sparse", {**BLOCKS, "window": 6}),
     "moba": ("moba", {"heads": 2, "block_size": 4, "top_k": 3}),
     "kda": ("kda", {"heads": 2}),
+    "titans lmm": ("titans", {**TITANS, "wiring": "lmm", "depth": 1, "granularity": "chunk"}),
+    "titans mac": ("titans", TITANS),
+    "titans mag": ("titans", {**TITANS, "wiring": "mag", "depth": 1, "residual": True}),
+    "titans mal": ("titans", {**TITANS, "wiring": "mal"}),
 }
 
 

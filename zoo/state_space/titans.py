@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float, Int
 from kernels.decoding import ring_times, written
 from kernels.packing import runs, starts
 from kernels.sparse_attention import Causal, Window
+from kernels.turns import in_turns
 from zoo.attention.softmax import segment_pair
 from zoo.errors import ZooError
+from zoo.layers.devices import over_time, splits_time
 from zoo.layers.mixer import Mixer, State, head_count
 from zoo.layers.parameters import dense, norm, partitioned
 from zoo.layers.rotary import times
@@ -71,7 +73,9 @@ class Titans(Mixer):
     SiLU and a projection as in Gated DeltaNet for "lmm". Where we differ: in "mac" token t sees the h of tokens up to t
     only, as h holds the later tokens themselves; persistent tokens pass into the memory before everything else, so that
     each segment begins with the same memory, and by a convolution of their own. Packed segments are cut out of the grid
-    of chunks (and segments of "mac"), so they equal separate ones where they begin on it.
+    of chunks (and segments of "mac"), so they equal separate ones where they begin on it. Where time is split over
+    devices, each with whole chunks (segments of "mac"), the memory is handed on: they take turns, so that memory is
+    saved and no time. In "mac" the attention is part of a turn, and heads are not split.
     """
 
     wiring: str = "mac"
@@ -199,15 +203,15 @@ class Titans(Mixer):
         count, before = (time + missing) // size, self.convolution
 
         def cut(y: Array | None) -> Array | None:
-            """[B, T, …] → [segments, B, segment, …]"""
-            return None if y is None else jnp.swapaxes(y.reshape(batch, count, size, *y.shape[2:]), 0, 1)
+            """[B, T, …] → [B, segments, segment, …]"""
+            return None if y is None else y.reshape(batch, count, size, *y.shape[2:])
 
         def cut_longer(y: Array | None) -> Array | None:
-            """[B, T] → [segments, B, before + segment], each with the end of the one before it."""
+            """[B, T] → [B, segments, before + segment], each with the end of the one before it."""
             if y is None:
                 return None
             places = jnp.arange(count)[:, None] * size + jnp.arange(before + size)
-            return jnp.swapaxes(jnp.pad(y, ((0, 0), (before, 0)), mode="edge")[:, places], 0, 1)
+            return jnp.pad(y, ((0, 0), (before, 0)), mode="edge")[:, places]
 
         given = {
             "x": cut(x),
@@ -217,13 +221,42 @@ class Titans(Mixer):
             "segment_ids": cut_longer(segment_ids),
             "mask": cut_longer(mask),
         }
-        initial = self.memory.initial()
-        memory = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape[1:])), initial)
-        nothing = jnp.zeros((batch, before, self.dim), self.dtype)
+        if splits_time(count) and not self.is_initializing():
+            out = self._segments_in_turns(given)
+        else:
+            out, _ = self._segments(given, self._before_segments(batch))
+        return out.reshape(batch, time + missing, self.dim)[:, :time]
+
+    def _before_segments(self, batch: int) -> tuple[Memory, Array]:
+        """What `_one_segment` finds first."""
+        memory = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape[1:])), self.memory.initial())
+        return memory, jnp.zeros((batch, self.convolution, self.dim), self.dtype)
+
+    def _segments(self, given: dict[str, Any], state: tuple[Memory, Array]) -> tuple[Array, tuple[Memory, Array]]:
+        """One segment after another: what is given of each [B, segments, …] → out [B, segments, segment, D]."""
         body = nn.remat(Titans._one_segment, prevent_cse=False)
-        scanned = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-        _, out = scanned(self, (memory, nothing), given)
-        return jnp.swapaxes(out, 0, 1).reshape(batch, time + missing, self.dim)[:, :time]
+        scanned = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+        state, out = scanned(self, state, given)
+        return out, state
+
+    def _segments_in_turns(self, given: dict[str, Any]) -> Array:
+        """`_segments` from the beginning, the devices that time is split over taking turns."""
+        pure = self.clone(parent=None)
+        leaves, structure = jax.tree.flatten((given, self.variables["params"]))
+        count = len(jax.tree.leaves(given))
+
+        def run(params: Any, given: dict[str, Any], state: tuple[Memory, Array]) -> Any:
+            return pure.apply({"params": params}, given, state, method="_segments")
+
+        def op(*leaves: Array, axis: str | None) -> Array:
+            assert axis is not None
+            given, params = jax.tree.unflatten(structure, leaves)
+            state = pure.apply({"params": params}, given["x"].shape[0], method="_before_segments")
+            return in_turns(axis, run, params, given, state)[0]
+
+        of_time, whole = ("batch", "tokens", None, None, None), (None,) * 4
+        axes = [of_time[: x.ndim] for x in leaves[:count]] + [whole[: x.ndim] for x in leaves[count:]]
+        return over_time(op, leaves, axes, of_time[:4])
 
     def _one_segment(self, carry: tuple[Memory, Array], given: dict[str, Any]) -> tuple[tuple[Memory, Array], Array]:
         """The memory and the last y [B, before, D], which its convolutions still see → both afterwards, and out."""

@@ -18,10 +18,12 @@ from jaxtyping import Bool, Float, Int
 from kernels.decoding import attend as attend_to_cache
 from kernels.decoding import written
 from kernels.packing import starts
-from kernels.sparse_attention import Mask, attend
-from zoo.attention.softmax import HEADS
+from kernels.sparse_attention import Mask
+from kernels.split_attention import split_attend
+from kernels.turns import in_turns
+from zoo.attention.softmax import SPLIT_HEADS, SPLIT_IDS
 from zoo.layers.convolution import ShortConvolution
-from zoo.layers.devices import on_devices
+from zoo.layers.devices import Axes, over_time, splits_time
 from zoo.layers.parameters import dense, merge_heads, partitioned, split_heads
 from zoo.layers.rotary import rotate
 from zoo.state_space.titans_memory import Memory, layer_shapes, neural_memory, pooled
@@ -200,6 +202,8 @@ class NeuralMemory(nn.Module):
             logs = [jnp.where(there[..., None], log, 0) for log in logs]
         initial = self.initial() if initial is None else initial
         options: dict[str, Any] = {"chunk": self.chunk, "granularity": self.granularity, "activation": self.activation}
+        if state is None and splits_time(q.shape[1], self.chunk):
+            return _memory_over_time((q, k, v, theta, *logs), fresh, initial, options)
         return neural_memory(q, k, v, theta, *logs, initial=initial, state=state, fresh=fresh, **options)
 
     @nn.nowrap
@@ -266,7 +270,40 @@ class SeveralAttention(nn.Module):
 def _attended(q: Array, k: Array, v: Array, sight: Mask, ids: tuple[Array, ...]) -> tuple[Array, Array]:
     """(out, log of the softmax's denominator) of `kernels.sparse_attention.attend` on the mesh."""
 
-    def op(q: Array, k: Array, v: Array, *ids: Any) -> tuple[Array, Array]:
-        return attend(q, k, v, sight, segment_ids=ids or None)
+    def op(q: Array, k: Array, v: Array, *ids: Any, axis: str | None) -> tuple[Array, Array]:
+        return split_attend(q, k, v, sight, axis=axis, segment_ids=ids or None)
 
-    return on_devices(op, (q, k, v, *ids), (HEADS, HEADS, HEADS, *(("batch", None),) * len(ids)), (HEADS, HEADS[:3]))
+    axes = (SPLIT_HEADS,) * 3 + (SPLIT_IDS,) * len(ids)
+    return over_time(op, (q, k, v, *ids), axes, (SPLIT_HEADS, SPLIT_HEADS[:3]))
+
+
+def _memory_over_time(
+    arrays: tuple[Array, ...], fresh: Array | None, initial: Memory, options: dict[str, Any]
+) -> tuple[Array, Memory]:
+    """`neural_memory` of q, k, v, theta and gates, the devices that time is split over taking turns."""
+    batch = arrays[0].shape[0]
+    of_time: list[Array] = [*arrays, *([] if fresh is None else [fresh])]
+    weights, structure = jax.tree.flatten(initial)
+
+    def op(*leaves: Array, axis: str | None) -> tuple[Array, list[Array]]:
+        assert axis is not None
+        own, initial = leaves[: len(of_time)], jax.tree.unflatten(structure, leaves[len(of_time) :])
+
+        def run(initial: Memory, own: tuple[Array, ...], state: Memory) -> tuple[Array, Memory]:
+            begins = own[-1] if len(own) > len(arrays) else None
+            return neural_memory(*own[: len(arrays)], initial=initial, state=state, fresh=begins, **options)
+
+        rows = own[0].shape[0]
+        dtype = jnp.promote_types(jnp.result_type(*own[:3]), jnp.float32)
+        state = jax.tree.map(lambda w: jnp.broadcast_to(w.astype(dtype), (rows, *w.shape[1:])), initial)
+        out, state = in_turns(axis, run, initial, own, state)
+        return out, jax.tree.leaves(state)
+
+    def of_heads(x: Array, first: str | None) -> Axes:
+        return first, "heads", *(None,) * (x.ndim - 2)
+
+    axes = [SPLIT_HEADS[: x.ndim] for x in arrays] + [SPLIT_IDS] * (len(of_time) - len(arrays))
+    axes += [of_heads(w, None if w.shape[0] != batch or batch == 1 else "batch") for w in weights]
+    after = [of_heads(w, "batch") for w in weights]
+    out, state = over_time(op, (*of_time, *weights), axes, (SPLIT_HEADS, after), options["chunk"])
+    return out, jax.tree.unflatten(structure, state)
