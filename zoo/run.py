@@ -56,12 +56,13 @@ def train(file: Path, overrides: Sequence[str] = ()) -> None:
 def _train(asked: Config, file: Path, overrides: Sequence[str], cluster: Cluster) -> None:
     from zoo.train.checkpoint import Checkpoints, Damaged, set_aside, set_damaged_aside
     from zoo.train.loop import fit
-    from zoo.train.mesh import BatchPlacer, divided, make_mesh
+    from zoo.train.mesh import BatchPlacer, check_devices, divided, make_mesh
     from zoo.train.plan import report
     from zoo.train.start import begin_from
     from zoo.train.state import Program
     from zoo.train.stop import Lost
 
+    check_devices(asked.devices)
     main = cluster.process == 0
     mesh = make_mesh(asked.mesh)
     config = divided(asked, mesh)
@@ -126,9 +127,10 @@ def evaluate(folder: Path) -> None:
 
 def _evaluate(config: Config) -> None:
     from zoo.train.checkpoint import Checkpoints
-    from zoo.train.mesh import BatchPlacer, divided, make_mesh
+    from zoo.train.mesh import BatchPlacer, check_devices, divided, make_mesh
     from zoo.train.state import Program
 
+    check_devices(config.devices)
     mesh = make_mesh(config.mesh)
     config = divided(config, mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
@@ -284,13 +286,12 @@ def _start(config: Config) -> Cluster:
 
     from zoo.data.fetch import cache_folder
     from zoo.train.cluster import Cluster
-    from zoo.train.mesh import check_devices, choose_devices
+    from zoo.train.mesh import choose_devices
 
     # Orbax and Grain log, with tracebacks, what they also raise; what is raised is told in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     choose_devices(config.devices)
     cluster = Cluster(config)
-    check_devices(config.devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return cluster

@@ -12,7 +12,7 @@ import pytest
 from toy import run, toy_program
 
 from zoo.errors import ZooError
-from zoo.train.checkpoint import FILES, Checkpoints
+from zoo.train.checkpoint import FILES, Checkpoints, Damaged, set_damaged_aside
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,45 @@ def test_every_missing_or_shortened_file_is_named(saved, program, tmp_path):
                 Checkpoints(folder).restore(2, program.abstract())
             wanted = f"{folder / file}: this file of the checkpoint {cause}; remove its folder to go on from step 1"
             assert re.fullmatch(wanted, str(raised.value))
+
+
+def test_damaged_ones_are_set_aside_up_to_the_first_sound_one(saved, program, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    assert set_damaged_aside(folder) == []
+    largest = max((folder / "2").rglob("*"), key=lambda each: each.stat().st_size if each.is_file() else 0)
+    shorten(largest)
+    (said,) = set_damaged_aside(folder)
+    assert re.fullmatch(
+        rf"{largest}: this file of the checkpoint has \d+ bytes, wanted \d+; "
+        rf"this checkpoint is set aside as {folder / '2.damaged'}",
+        said,
+    )
+    left = Checkpoints(folder, keep_last=2)
+    assert (left.steps, left.latest) == ([1], 1)
+    left.restore(1, program.abstract())
+    shutil.copytree(folder / "2.damaged", folder / "2")
+    assert "set aside as" in set_damaged_aside(folder)[0]
+    assert {each.name for each in folder.iterdir()} == {"1", "2.damaged", "2.damaged1"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_without_its_list_a_damaged_checkpoint_is_known_by_reading_it(saved, program, state, tmp_path):
+    files = [each.relative_to(saved) for each in (saved / "2").rglob("*") if each.is_file() and each.name != FILES]
+    noticed = []
+    for number, file in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(saved, folder)
+        (folder / "2" / FILES).unlink()
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[: len(content) // 2])
+        try:
+            assert_equal(Checkpoints(folder).restore(2, program.abstract()), state)
+        except Damaged:
+            noticed.append(file)
+    # What is not noticed was not needed: the state is whole.
+    assert len(noticed) >= len(files) // 2
 
 
 def shorten(file):

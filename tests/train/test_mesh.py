@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import pytest
 from toy import device_mesh, toy_program
 
 from zoo.errors import ZooError
-from zoo.train.config import Devices, Mesh, Rules
-from zoo.train.mesh import check_devices, check_replication, choose_devices, mesh_shape, parameter_shardings
+from zoo.train.config import Config, Data, Devices, Mesh, Rules, Train
+from zoo.train.mesh import check_devices, check_replication, choose_devices, divided, mesh_shape, parameter_shardings
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,36 @@ def test_parameters_that_stay_whole_on_a_sharded_mesh_are_too_many():
     with pytest.raises(ZooError, match=cause):
         check_replication(params, whole, program.mesh, limit=0.3)
     check_replication(params, whole, device_mesh(data=8), limit=0.3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "count"),
+    [
+        ({"data": 8}, 8, 1),
+        ({"data": 4}, 4, 3),
+        ({"data": 2}, 5, 6),
+        ({"data": 2, "fsdp": 2}, 4, 3),
+        ({"tensor": 2}, 48, 1),
+    ],
+)
+def test_micro_batches_follow_from_the_devices(sizes, most, count):
+    config = Config(task=None, data=Data(batch_size=48), train=Train(micro_batch=most))
+    found = divided(config, device_mesh(**sizes))
+    assert (found.train.accumulate, found.train.micro_batch) == (count, 0)
+    assert found.data.batch_size == 48
+    assert divided(Config(task=None, train=Train(accumulate=3)), device_mesh(**sizes)).train.accumulate == 3
+
+
+def test_a_batch_that_does_not_divide_names_the_numbers_that_would(monkeypatch):
+    config = Config(task=None, data=Data(batch_size=48), train=Train(micro_batch=4), mesh=Mesh(fsdp=2))
+    with pytest.raises(ZooError, match=r"48 does not divide into the 5 .*; it would on 2, 4, 6, 8 devices"):
+        divided(config, device_mesh(data=5))
+    with pytest.raises(ZooError, match=r"train.accumulate 2 and train.micro_batch 4: wanted one of them"):
+        divided(Config(task=None, train=Train(accumulate=2, micro_batch=4)), device_mesh(data=8))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    config = dataclasses.replace(config, data=Data(batch_size=20))
+    with pytest.raises(ZooError, match=r"20 does not divide into the 8 .*; it would on 1, 2, 5 hosts of 2 devices"):
+        divided(config, device_mesh(data=8))
 
 
 def test_an_accelerator_that_is_not_there():

@@ -26,7 +26,8 @@ def set_aside(folder: Path, step: int) -> Path:
     """Renames the checkpoint of `step` in `folder`, so that it is no longer one, and says what it is called now."""
     taken = sum(1 for _ in folder.glob(f"{step}.damaged*"))
     aside = folder / f"{step}.damaged{taken or ''}"
-    (folder / str(step)).rename(aside)
+    with contextlib.suppress(FileNotFoundError):  # another process has seen it too
+        (folder / str(step)).rename(aside)
     return aside
 
 
