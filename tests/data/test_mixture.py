@@ -19,6 +19,8 @@ from zoo.data.prepare import prepare
 from zoo.data.recipes import Window
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
+from zoo.plan.plan import example
+from zoo.train.config import Config, Data
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,12 @@ def test_what_cannot_be_mixed(mixture: Mixture, recordings: Path, prepared: Path
         make(short)
     with pytest.raises(ZooError, match="rest: none of its 0 records here"):
         make(mixture, records=np.flatnonzero(mixture.source == 0))
+
+
+def test_a_plan_counts_on_such_batches(mixture: Mixture, prepared: Path, other: Path) -> None:
+    mix = {"noise": Mixed(prepared, 0.7), "rest": Mixed(other, 0.3)}
+    data = Data(mix=mix, mask_patch=25, window_seconds=1.0)
+    planned, given = example(Config(task=None, data=data)), next(make(mixture, batch_size=1).at(0))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), given
+    )

@@ -20,6 +20,8 @@ from zoo.data.prepare import prepare
 from zoo.data.recipes import Window
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
+from zoo.plan.plan import example
+from zoo.train.config import Config, Data
 
 STIMULI = [f"image{number}" for number in range(6)]
 OPTIONS = {
@@ -198,3 +200,12 @@ def test_bad_datasets(folders: dict[str, Path]) -> None:
     both = PairedDataset({"eeg": eeg, "slow": eeg}, {"eeg": Paired(""), "slow": Paired("")})
     with pytest.raises(ZooError, match="sub-a_task-images_run-1_eeg and sub-b_task-images_run-1_eeg are one session"):
         make(both, by="time")
+
+
+def test_a_plan_counts_on_such_batches(data: PairedDataset, folders: dict[str, Path]) -> None:
+    options = {name: replace(each, prepared=folders[name]) for name, each in OPTIONS.items()}
+    planned = example(Config(task=None, data=Data(paired=options)))
+    given = next(make(data, batch_size=1).at(0))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), given
+    )

@@ -170,11 +170,14 @@ def example(config: Config, channels: int = 0) -> Batch:
         for name, each in data.paired.items():
             told = f"--data.paired.{name}.channels", f"--data.paired.{name}.rate-hz"
             count, rate = _size(each.prepared, each.channels, each.rate_hz, *told)
-            batch[name] = _window(count, round(each.window_seconds * rate), 0)
+            batch[name] = _window(count, round(each.window_seconds * rate), 0) | {"subject": np.zeros(1, np.int32)}
         return batch
-    count, rate = _size(
-        data.prepared, channels or data.channels, data.recipe.rate_hz, "--channels", "--data.recipe.rate-hz"
-    )
+    told = "--channels", "--data.recipe.rate-hz"
+    datasets = [each.prepared for each in data.mix.values()] or [data.prepared]
+    sizes = [_size(each, channels or data.channels, data.recipe.rate_hz, *told) for each in datasets]
+    count, rate = max(sizes)
+    if data.mix:
+        fields["dataset"] = np.zeros(1, np.int32)
     samples = round(data.window_seconds * rate)
     batch = {**_window(count, samples, KINDS.index(data.recipe.kinds[0])), **fields}
     if data.mask_patch:
