@@ -1,6 +1,6 @@
 """Training with time split over devices: what each device holds while it takes a step, beside one device's.
 
-    python benchmarks/sequence_parallel.py --tokens 16384 --json sequence_parallel.json
+    python benchmarks/sequence_parallel.py --tokens 65536 --json sequence_parallel.json
 
 The step of the training loop, forward, backward and update, of a small encoder for each kind of mixer is compiled for 1
 and for so many fake CPU devices along `mesh.sequence`, at the same number of tokens, and not run. Temporaries are what
@@ -55,7 +55,7 @@ class Options:
     encoders: tuple[str, ...] = ("softmax", "gla", "native_sparse", "titans")
     """Names of ENCODERS."""
     devices: int = 8
-    tokens: int = 16384
+    tokens: int = 65536
     batch: int = 1
     dim: int = 64
     heads: int = 2
