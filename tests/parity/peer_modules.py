@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def peer_module(root: Path, name: str) -> Any:
@@ -27,3 +31,18 @@ def peer_module(root: Path, name: str) -> Any:
         sys.path[:] = before
         taken()
         sys.modules.update(others)
+
+
+def peer_or_skip(repository: str, name: str) -> Any:
+    """Module `name` of a repository in BRAIN_ZOO_PEERS. Skips the tests where it, or what it imports, is not there."""
+    peers = os.environ.get("BRAIN_ZOO_PEERS")
+    if peers is None:
+        pytest.skip(f"no package: BRAIN_ZOO_PEERS, a folder with {repository}", allow_module_level=True)
+    root = Path(peers) / repository
+    if not root.is_dir():
+        pytest.skip(f"no {repository} in BRAIN_ZOO_PEERS", allow_module_level=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return peer_module(root, name)
+    except ImportError as error:
+        pytest.skip(f"{repository}: {error}", allow_module_level=True)

@@ -5,25 +5,16 @@ BRAIN_ZOO_PEERS names a folder with a copy of github.com/ahritik/ArtifactGen.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
-if "BRAIN_ZOO_PEERS" not in os.environ:
-    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with ArtifactGen", allow_module_level=True)
-sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "ArtifactGen" / "src"))
-try:
-    peer = importlib.import_module("models")
-except ModuleNotFoundError:
-    pytest.skip("BRAIN_ZOO_PEERS has no ArtifactGen", allow_module_level=True)
+peer = peer_or_skip("ArtifactGen/src", "models")
 
 from zoo.objectives.artifactgen import (  # noqa: E402
     ADVERSARY_KEYS,

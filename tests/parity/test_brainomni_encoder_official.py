@@ -1,11 +1,12 @@
-"""BrainOmni, with its tokenizer in it, against its authors' code: github.com/OpenTSLab/BrainOmni, whose root is on the
-path, or in the folder that BRAIN_ZOO_PEERS names."""
+"""BrainOmni, with its tokenizer in it, against its authors' code.
+
+BRAIN_ZOO_PEERS names a folder with a copy of github.com/OpenTSLab/BrainOmni (which imports einx and
+vector_quantize_pytorch).
+"""
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
 # Their quantizer asks it whether there are several processes; it does not install without a CUDA compiler.
@@ -22,11 +24,7 @@ communication.ReduceOp = SimpleNamespace(SUM=None)  # type: ignore[attr-defined]
 deepspeed.comm = communication  # type: ignore[attr-defined]
 sys.modules.setdefault("deepspeed", deepspeed)
 sys.modules.setdefault("deepspeed.comm", communication)
-sys.path.insert(0, str(Path(os.environ.get("BRAIN_ZOO_PEERS", "")) / "BrainOmni"))
-peer = pytest.importorskip(
-    "brainomni.model",
-    reason="no package: BrainOmni of the authors' code; it imports einx and vector_quantize_pytorch",
-)
+peer = peer_or_skip("BrainOmni", "brainomni.model")
 
 import zoo  # noqa: E402
 from zoo.encoders.brainomni import CODE_HEAD_KEYS, HEAD_KEYS, keys  # noqa: E402

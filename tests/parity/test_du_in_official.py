@@ -5,9 +5,6 @@ BRAIN_ZOO_PEERS names a folder with a copy of github.com/liulab-repository/Du-IN
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,13 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
-if "BRAIN_ZOO_PEERS" not in os.environ:
-    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with Du-IN", allow_module_level=True)
-sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "Du-IN"))
-peer = pytest.importorskip("models.duin", reason="no Du-IN in BRAIN_ZOO_PEERS, or what it imports")
-settings = pytest.importorskip("params.duin_params")
+peer = peer_or_skip("Du-IN", "models.duin")
+settings = peer_or_skip("Du-IN", "params.duin_params")
 
 import zoo  # noqa: E402
 from zoo.types import Sensors  # noqa: E402

@@ -6,15 +6,14 @@ scikit-learn, matplotlib; an empty torchsummary stands in for the package, which
 
 from __future__ import annotations
 
-import os
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from peer_modules import peer_or_skip
 
 import zoo
 from zoo.encoders.eeg_conformer import OFFICIAL_HEAD_KEYS, OFFICIAL_KEYS
@@ -22,13 +21,10 @@ from zoo.encoders.encoder import blank
 from zoo.weights.keys import fill
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
-if "BRAIN_ZOO_PEERS" not in os.environ:
-    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with EEG-Conformer", allow_module_level=True)
-sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "EEG-Conformer"))
 stub: Any = types.ModuleType("torchsummary")
 stub.summary = None
 sys.modules.setdefault("torchsummary", stub)
-peer = pytest.importorskip("conformer", reason="no EEG-Conformer, or what it imports")
+peer = peer_or_skip("EEG-Conformer", "conformer")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -5,26 +5,14 @@ BRAIN_ZOO_PEERS names a folder with a copy of github.com/justin-xzliu/GLIM (whic
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import warnings
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from electrodes import electrodes
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
-if "BRAIN_ZOO_PEERS" not in os.environ:
-    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with GLIM", allow_module_level=True)
-sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "GLIM" / "model"))
-try:
-    with warnings.catch_warnings(action="ignore"):
-        peer = importlib.import_module("modules")
-except ModuleNotFoundError:
-    pytest.skip("BRAIN_ZOO_PEERS has no GLIM, or there is no timm", allow_module_level=True)
+peer = peer_or_skip("GLIM/model", "modules")
 
 from zoo.encoders.glim import KEYS  # noqa: E402
 from zoo.objectives.glim import ALIGNER_KEYS, ReadText  # noqa: E402

@@ -6,15 +6,13 @@ einops).
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from electrodes import electrodes
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the peers")
 
@@ -37,10 +35,7 @@ SIGNAL = np.random.default_rng(0).normal(size=(2, len(NAMES), 200 * PATCHES)).as
 
 def official(module: str) -> Any:
     """A module of the official repository; skips where there is none."""
-    if "BRAIN_ZOO_PEERS" not in os.environ:
-        pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with LaBraM")
-    sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "LaBraM"))
-    return pytest.importorskip(module, reason="no LaBraM, timm 0.4.12 or einops")
+    return peer_or_skip("LaBraM", module)
 
 
 def drawn(model: Any) -> Any:

@@ -5,9 +5,6 @@ BRAIN_ZOO_PEERS names a folder with a copy of github.com/935963004/LaBraM (which
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from electrodes import electrodes
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
-if "BRAIN_ZOO_PEERS" not in os.environ:
-    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with LaBraM", allow_module_level=True)
-sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "LaBraM"))
-peer = pytest.importorskip("modeling_vqnsp", reason="no LaBraM, timm 0.4.12 or einops")
+peer = peer_or_skip("LaBraM", "modeling_vqnsp")
 
 from zoo.sensors import LABRAM_NAMES  # noqa: E402
 from zoo.tokenizers.labram_vqnsp import KEYS, LaBraMVQNSP  # noqa: E402

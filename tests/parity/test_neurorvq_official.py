@@ -5,9 +5,6 @@ BRAIN_ZOO_PEERS names a folder with a copy of github.com/KonstantinosBarmpas/Neu
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from electrodes import electrodes
+from peer_modules import peer_or_skip
 
 torch = pytest.importorskip("torch", reason="PyTorch runs the authors' code")
-if "BRAIN_ZOO_PEERS" not in os.environ:
-    pytest.skip("no package: BRAIN_ZOO_PEERS, a folder with NeuroRVQ", allow_module_level=True)
-sys.path.insert(0, str(Path(os.environ["BRAIN_ZOO_PEERS"]) / "NeuroRVQ" / "NeuroRVQ"))
-peer = pytest.importorskip("NeuroRVQ", reason="no NeuroRVQ, or none of what it imports")
+peer = peer_or_skip("NeuroRVQ/NeuroRVQ", "NeuroRVQ")
 
 from zoo.tokenizers.neurorvq import ELECTRODES, NeuroRVQ  # noqa: E402
 
