@@ -31,9 +31,12 @@ def open_data(config: Config) -> Dataset | PairedDataset:
     ):
         if given:
             raise ZooError(f"{name} is given beside data.paired, which takes prepared datasets as they are")
+    paired = PairedDataset.open(data.paired, int(data.cache_gigabytes * 1e9), _shard_cache(data))
+    if "signal" in paired.datasets:
+        _check_signals(config, paired.datasets["signal"])
+        return paired
     if not hasattr(task, "check_modality"):
         raise ZooError(f"data.paired: {type(task).__name__} takes batches of one signal, not of modalities")
-    paired = PairedDataset.open(data.paired, int(data.cache_gigabytes * 1e9), _shard_cache(data))
     for name, dataset in paired.datasets.items():
         for montage in dataset.montages:
             task.check_modality(name, dataset.rate_hz, montage.kinds, montage.canonical)
@@ -54,6 +57,16 @@ def open_dataset(config: Config) -> Dataset:
         dataset: Dataset = Mixture.open_all(data.mix, int(data.cache_gigabytes * 1e9), _shard_cache(data))
     else:
         dataset = _open_prepared(data)
+    _check_signals(config, dataset)
+    if config.probe.classes and dataset.classes and not hasattr(config.task, "predict"):
+        raise ZooError(f"{dataset.path}: holds windows of events; a probe cuts its own, from continuous records")
+    if hasattr(config.task, "check_labels"):
+        config.task.check_labels(tuple(config.probe.classes) or dataset.classes, len(dataset.people))
+    return dataset
+
+
+def _check_signals(config: Config, dataset: Dataset) -> None:
+    """Raises ZooError when the task cannot take the signals of a dataset."""
     for montage in dataset.montages:
         if hasattr(config.task, "check_recording"):
             config.task.check_recording(dataset.rate_hz, montage.kinds, montage.canonical)
@@ -63,11 +76,6 @@ def open_dataset(config: Config) -> Dataset:
         from zoo.types import Sensors
 
         config.task.check_positions(Sensors(**dataset.sensor_tables()[0]))
-    if config.probe.classes and dataset.classes and not hasattr(config.task, "predict"):
-        raise ZooError(f"{dataset.path}: holds windows of events; a probe cuts its own, from continuous records")
-    if hasattr(config.task, "check_labels"):
-        config.task.check_labels(tuple(config.probe.classes) or dataset.classes, len(dataset.people))
-    return dataset
 
 
 def _open_prepared(data: Data) -> Dataset:

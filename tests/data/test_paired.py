@@ -166,6 +166,25 @@ def test_hosts_threads_and_starting_points_change_nothing(data: PairedDataset) -
     assert (whole[0]["start"] != next(make(data, seed=2).at(0))["start"]).any()
 
 
+def test_signal_and_target_make_batches_of_one_signal(folders: dict[str, Path]) -> None:
+    named = {"signal": replace(OPTIONS["eeg"], prepared=folders["eeg"]), "target": Paired(folders["meg"], 0.5, 0.1)}
+    batch = next(make(PairedDataset.open(named)).at(0))
+    other = next(make(PairedDataset.open({"eeg": named["signal"], "meg": named["target"]})).at(0))
+    assert batch["target"].shape == (8, 25, 5)
+    assert_same(batch["signal"], other["eeg"]["signal"])
+    assert_same(batch["sensors"], other["eeg"]["sensors"])
+    assert_same(batch["target"], np.swapaxes(other["meg"]["signal"], 1, 2))
+    for field, wanted in {"segment": "stimulus", "subject": "subject", "record": "record", "label": "label"}.items():
+        assert_same(batch[field], other[wanted])
+    planned = example(Config(task=None, data=Data(paired=named)))
+    assert {name: leaf.shape[1:] for name, leaf in planned.items() if name != "sensors"} == {
+        name: leaf.shape[1:] for name, leaf in batch.items() if name != "sensors"
+    }
+    for names in (("signal", "meg"), ("signal", "target", "meg")):
+        with pytest.raises(ZooError, match="signal and target go with each other and no other"):
+            PairedDataset.open(dict.fromkeys(names, named["signal"]))
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 
 import numpy as np
 import pytest
-from small import CONFIG, STEPS, assert_same_curve, finish, metrics, start, wait_for_step, write_config
+from small import CONFIG, STEPS, assert_same_curve, finish, go_on_elsewhere, metrics, start, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow  # whole runs, each with a compilation or two
 
@@ -55,3 +56,56 @@ def test_a_run_on_a_mixture_goes_on_where_it_stopped(tmp_path, prepared, cache):
     out, _ = finish(start(tmp_path, cache))
     assert "resuming from step" in out
     assert metrics(tmp_path) == whole
+
+
+PAIRED = """\
+from zoo.data.paired import Paired
+from zoo.objectives.contrast_modalities import ContrastModalities, Modality
+from zoo.objectives.speech import SpeechDecoding
+from zoo.train.config import Config, Data, Devices, Optimizer, Train
+
+
+def config():
+    return Config(
+        name="small",
+        task=TASK,
+        data=Data(
+            paired={"ONE": Paired("prepared", channels=5), "OTHER": Paired("prepared", 1.0, 0.5, channels=6)},
+            pair_by="time",
+            batch_size=8,
+        ),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=2),
+        train=Train(steps=12, checkpoint_every=4, validate_every=6, validate_batches=1),
+        devices=Devices(platform="cpu"),
+    )
+"""
+CONTRAST = {
+    "TASK": "ContrastModalities({name: Modality('labram_tiny', {'depth': 1}) for name in ('front', 'back')})",
+    "ONE": "front",
+    "OTHER": "back",
+}
+SPEECH = {
+    "TASK": "SpeechDecoding('simple_conv_tiny', {'rate': 200.0, 'outputs': 6})",
+    "ONE": "signal",
+    "OTHER": "target",
+}
+
+
+@pytest.mark.parametrize("words", [CONTRAST, SPEECH], ids=["modalities", "signal and target"])
+def test_a_run_on_paired_data_goes_on_where_it_stopped(tmp_path, prepared, cache, words):
+    text = PAIRED
+    for word, meant in words.items():
+        text = re.sub(rf"\b{word}\b", meant, text)
+    write_config(tmp_path, prepared, text)
+    out, err = finish(start(tmp_path, cache))
+    assert err == ""
+    assert re.search(rf"\d+ of \d+ stretches of time are in all of {words['ONE']}, {words['OTHER']}", out)
+    whole = metrics(tmp_path)
+    assert [line["step"] for line in whole] == list(range(1, 13))
+    assert np.isfinite([line["loss"] for line in whole]).all()
+    assert "validation_loss" in whole[-1]
+    go_on_elsewhere(tmp_path, tmp_path / "again", 8)
+    write_config(tmp_path / "again", prepared, text)
+    out, _ = finish(start(tmp_path / "again", cache))
+    assert "resuming from step 8" in out
+    assert metrics(tmp_path / "again") == whole

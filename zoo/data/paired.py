@@ -4,6 +4,8 @@ A stimulus is an event's label, so recordings of other people, devices and days 
 recorded together (EEG in the scanner, speech and its features) are paired by time instead: two datasets whose
 recordings have the same subject, session, task and run, and whose clocks start together.
 
+Modalities called `signal` and `target` make the batches of tasks that take one signal, and what was heard or seen then.
+
 Like those of `zoo.data.loader`, a batch is a pure function of (seed, step).
 """
 
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from zoo.types import Batch
 
 Key = Literal["stimulus", "stimulus_of_subject", "time"]
-FIELDS = ("record", "start", "label", "subject", "stimulus")
+FIELDS = ("record", "start", "label", "subject", "stimulus", "segment", "sensors")
 """Fields of a batch that are not modalities."""
+OF_ONE_SIGNAL = {"signal", "target"}
+"""Modalities of which the first is the batch's own signal, and the other its features [b, T, F]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class PairedDataset:
     datasets, options  name → dataset, and how it is cut; the first modality gives the fields of a batch that are one's
     path               the folders, for messages
 
-    ZooError for fewer than two modalities, for a name that is a field of the batch, and for another rate than asked.
+    ZooError for fewer than two modalities, for `signal` or `target` without the other or beside others, for a name that
+    is a field of the batch, and for another rate than asked.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], options: Mapping[str, Paired]) -> None:
@@ -68,6 +73,8 @@ class PairedDataset:
         for name in FIELDS:
             if name in datasets:
                 raise ZooError(f"data.paired: a modality cannot be called {name!r}: batches have a field of that name")
+        if OF_ONE_SIGNAL & datasets.keys() and datasets.keys() != OF_ONE_SIGNAL:
+            raise ZooError(f"data.paired: got {', '.join(datasets)}; signal and target go with each other and no other")
         for name, dataset in datasets.items():
             wanted = options[name].rate_hz
             if wanted and abs(dataset.rate_hz - wanted) > 1e-6 * wanted:
@@ -180,6 +187,8 @@ class PairedLoader:
         label     int32 [b], index into `self.stimuli`; −1 for units of time
         subject   int32 [b], that of the first modality
         stimulus  int32 [b], the unit: rows with the same are no negatives of each other
+
+        With the modalities `signal` and `target`, `flat` makes them batches of one signal.
         """
         return ahead(self._batch, step, self.batch_size, self._threads, self._prefetch)
 
@@ -226,11 +235,24 @@ class PairedLoader:
                 batch["record"] = np.array(records, np.int32)
                 batch["start"] = start.astype(np.int32)
                 batch["subject"] = batch[name]["subject"]
-        return batch
+        return flat(batch)
 
 
 Found = dict[tuple[Any, ...], list[tuple[int, int, int]]]
 """Units of one modality, each with its trials: recording, first sample of the window, the last it may start at."""
+
+
+def flat(batch: Batch) -> Batch:
+    """A batch of the modalities `signal` and `target` as one of one signal; any other as it is.
+
+    signal, sensors, subject  those of the modality `signal`
+    target                    float32 [b, T, F]: the channels of the other as features
+    segment                   int32 [b], the unit: rows with the same have the same stimulus
+    """
+    if not batch.keys() >= OF_ONE_SIGNAL:
+        return batch
+    target = np.ascontiguousarray(np.swapaxes(batch["target"]["signal"], 1, 2))
+    return {**batch, **batch["signal"], "target": target, "segment": batch["stimulus"]}
 
 
 class _Cut:

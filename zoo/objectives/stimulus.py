@@ -54,7 +54,7 @@ class StimulusTask:
             raise ZooError(f'{type(self).__name__}: wanted the stimulus of each example as batch["target"], got none')
         params, dropout = jax.random.split(key)
         keys = {"params": params, "dropout": dropout}
-        return self.module(batch["target"]).init(keys, *_given(batch), **_more(batch))
+        return self.module(batch["target"]).init(keys, *_given(batch), **self._more(batch))
 
     def loss(
         self, variables: Variables, batch: Batch, key: Array, train: bool
@@ -65,16 +65,20 @@ class StimulusTask:
         if train:
             collections = [name for name in variables if name != "params"]
             (value, metrics), new = module.apply(
-                variables, *_given(batch), **_more(batch), train=True, mutable=collections, rngs={"dropout": key}
+                variables, *_given(batch), **self._more(batch), train=True, mutable=collections, rngs={"dropout": key}
             )
         else:
-            value, metrics = module.apply(variables, *_given(batch), **_more(batch))
+            value, metrics = module.apply(variables, *_given(batch), **self._more(batch))
         return value, {**metrics, "weight": jnp.float32(len(batch["signal"]))}, new
 
     def flops(self, batch: Batch) -> float:
         """Operations of one forward pass of the encoder over `batch`."""
         examples, channels, samples = batch["signal"].shape
         return examples * self.encoder().flops(channels, samples)
+
+    def _more(self, batch: Batch) -> dict[str, Any]:
+        wanted = ("segment", "subject") if getattr(self.encoder(), "subjects", 0) else ("segment",)
+        return {name: batch[name] for name in wanted if name in batch}
 
     def check_recording(self, rate_hz: float, kinds: Sequence[str], names: Sequence[str]) -> None:
         """Raises ZooError when the encoder cannot take a recording of this rate and these channels."""
@@ -92,7 +96,3 @@ def both_ways(logits: Float[Array, "B B"], segment: Int[AnyArray, " B"] | None =
 
 def _given(batch: Batch) -> tuple[Any, ...]:
     return batch["signal"], batch["sensors"], batch["target"]
-
-
-def _more(batch: Batch) -> dict[str, Any]:
-    return {name: batch[name] for name in ("segment", "subject") if name in batch}

@@ -166,12 +166,14 @@ def example(config: Config, channels: int = 0) -> Batch:
     data = config.data
     fields = {name: np.zeros(1, np.int32) for name in ("record", "start", "label", "subject")}
     if data.paired:
+        from zoo.data.paired import flat
+
         batch: Batch = {**fields, "stimulus": np.zeros(1, np.int32)}
         for name, each in data.paired.items():
             told = f"--data.paired.{name}.channels", f"--data.paired.{name}.rate-hz"
             count, rate = _size(each.prepared, each.channels, each.rate_hz, *told)
             batch[name] = _window(count, round(each.window_seconds * rate), 0) | {"subject": np.zeros(1, np.int32)}
-        return batch
+        return flat(batch)
     told = "--channels", "--data.recipe.rate-hz"
     datasets = [each.prepared for each in data.mix.values()] or [data.prepared]
     sizes = [_size(each, channels or data.channels, data.recipe.rate_hz, *told) for each in datasets]

@@ -29,7 +29,8 @@ class Data:
         prepared: folder of the prepared dataset, made from `source` with `recipe` when it is not there; or its address
             on an object store (`gs://…`, `s3://…`)
         mix: name → dataset and its share of the examples; instead of `prepared`
-        paired: modality → dataset whose windows answer the same stimulus, or the same time; instead of `prepared`
+        paired: modality → dataset whose windows answer the same stimulus, or the same time; instead of `prepared`.
+            `signal` and `target` are for tasks of one signal and what was heard or seen
         pair_by: what paired windows share: a stimulus (an event's label), a stimulus of one subject, or the time
         stimuli: regular expression of the event labels that are stimuli, the whole label
         recipe: preprocessing (see `zoo.data.recipes`)
