@@ -120,7 +120,7 @@ def test_all_learn_who_is_where_however_late_the_first_comes(address):
     late = [lambda each=each: call_roll(Place(address, 3, each), "runs/x", 10.0) for each in (1, 2)]
 
     def first():
-        time.sleep(0.5)
+        time.sleep(0.3)
         return call_roll(Place(address, 3, 0), "runs/x", 10.0)
 
     found = together(first, *late)
@@ -171,8 +171,8 @@ def test_strangers_and_another_runs_processes_are_sent_away(address):
     found = together(
         lambda: call_roll(Place(address, 2, 0), "runs/x", 10.0),
         stranger,
-        lambda: call_roll(Place(address, 2, 1), "runs/other", 1.0),
-        lambda: (time.sleep(1.2), call_roll(Place(address, 2, 1), "runs/x", 10.0))[1],
+        lambda: call_roll(Place(address, 2, 1), "runs/other", 0.5),
+        lambda: (time.sleep(0.7), call_roll(Place(address, 2, 1), "runs/x", 10.0))[1],
     )
     assert found[0].hosts == found[3].hosts == (HERE,) * 2
     assert "is another run's: process 0 at" in str(found[2])
@@ -262,19 +262,19 @@ def test_the_silent_are_given_up(address, monkeypatch):
 
 def test_the_watchdog_tells_the_part_and_the_step_and_only_when_it_must():
     told = []
-    dog = Watchdog(0.3, told.append)
+    dog = Watchdog(0.2, told.append)
     dog.start()
     for step in range(6):
         dog.expect("step", step)
-        time.sleep(0.1)
+        time.sleep(0.05)
     dog.expect("compilation")
-    time.sleep(0.6)
+    time.sleep(0.3)
     dog.rest()
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert told == []
     dog.expect("step", 7)
-    time.sleep(0.7)
-    assert told == ["hangs: step at step 7 has taken more than 0.3 s (train.hang_seconds)"]
+    time.sleep(0.4)
+    assert told == ["hangs: step at step 7 has taken more than 0.2 s (train.hang_seconds)"]
     assert LIMITS["compilation"] == 4
     dog.close()
 
