@@ -40,7 +40,8 @@ class Bucket(AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         return [{"name": name, "size": len(self.files[name])} for name in self.files if name.startswith(f"{path}/")]
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+    def cat_file(self, path: str, version: str = "", start: int | None = None, end: int | None = None) -> bytes:
+        assert isinstance(version, str)  # S3's store has the version of a file in the place of `start`
         name = path.rpartition("/")[2]
         Bucket.asked[name] += 1
         fault = self.faults[name].pop(0) if self.faults.get(name) else 1.0

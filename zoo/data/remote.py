@@ -54,7 +54,7 @@ class Remote:
 
         def read() -> bytes:
             files, path = self._files()
-            content: bytes = files.cat_file(path, start, stop)
+            content: bytes = files.cat_file(path, start=start, end=stop)
             if start is not None and stop is not None and len(content) != stop - start:
                 raise ConnectionError(f"{len(content)} bytes came, wanted {stop - start}")
             return content
@@ -85,6 +85,7 @@ class Remote:
 
         def listed() -> dict[str, int | None]:
             files, path = self._files()
+            files.invalidate_cache(path)  # what this process saw before
             return {each["name"].rsplit("/", 1)[-1]: each.get("size") for each in files.ls(path, detail=True)}
 
         return self._tried(listed)
