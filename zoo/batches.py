@@ -84,6 +84,7 @@ def _open_prepared(data: Data) -> Dataset:
     from zoo.data.prepare import prepare
     from zoo.data.remote import locate
     from zoo.data.store import Dataset
+    from zoo.train.cluster import wait_for_all
 
     place = locate(data.prepared)
     if data.source and not isinstance(place, Path):
@@ -99,10 +100,7 @@ def _open_prepared(data: Data) -> Dataset:
             split=data.split,
             fractions=data.fractions,
         )
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices("data prepared")
+    wait_for_all("data prepared")
     return Dataset.open(place, int(data.cache_gigabytes * 1e9), _shard_cache(data))
 
 

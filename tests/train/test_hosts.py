@@ -97,6 +97,29 @@ def test_the_error_of_one_process_ends_the_other_at_once(two):
 
 
 @pytest.mark.slow
+def test_slurm_starts_it(two, cache, monkeypatch):
+    """As `srun` would start two tasks on this machine; JAX reads Slurm's variables."""
+    for name in ("START", "LAST", "PACE"):
+        monkeypatch.setenv(f"CHAOS_{name}", str(10**6 * (name == "LAST")))
+    (two.chaos.folder / "chaos.py").write_text(CONFIG)
+    tasks = {"JOB_ID": "7", "STEP_NODELIST": "127.0.0.1", "NTASKS": "2", "STEP_NUM_TASKS": "2"}
+    for name, value in tasks.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", str(free_port()))
+    both = []
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        monkeypatch.setenv("SLURM_LOCALID", task)
+        options = ("--train.steps", "6", "--devices.coordinator", "auto")
+        both.append(start(two.chaos.folder, cache, *options, command=("train", "chaos.py")))
+    (out, _), _ = [finish(each) for each in both]
+    assert "devices: 4 × cpu, 2 processes; mesh: data 2 × fsdp 2" in out
+    assert "step 6/6" in out
+    alone = start(two.chaos.folder, cache, "--train.steps", "6", command=("train", "chaos.py"))
+    assert "zoo: Slurm started 2 processes but devices.coordinator is empty" in finish(alone, 2)[1]
+
+
+@pytest.mark.slow
 def test_fewer_hosts_go_on_with_the_same_batches_and_parameters(two, tmp_path):
     assert two("--train.steps", "20", hosts=3).end() == [0, 0, 0]
     wanted = parameters(two.chaos.disk / "run")

@@ -71,7 +71,7 @@ def candidates(config: Config, target: Target) -> Iterator[tuple[tuple[str, ...]
             config.mesh, slice=target.slices, data=-1, fsdp=fsdp, tensor=tensor, sequence=sequence
         )
         task: Any = dataclasses.replace(config.task, remat=remat) if remat else config.task
-        train = dataclasses.replace(config.train, accumulate=accumulate)
+        train = dataclasses.replace(config.train, accumulate=accumulate, micro_batch=0)
         options = (
             f"--mesh.fsdp {fsdp}",
             f"--mesh.tensor {tensor}",

@@ -32,6 +32,29 @@ LONGEST_SECONDS = 7 * 86400
 """A barrier's time where nothing limits it."""
 
 
+def wait_for_all(name: str, seconds: float = LONGEST_SECONDS) -> list[int]:
+    """Returns once every process has come to the barrier of this name, or the numbers of those that have not in time.
+
+    It goes through JAX's coordination service, not through the devices: it may take hours, and needs no program.
+    """
+    from jax._src.distributed import global_state
+
+    client = global_state.client
+    if client is None:
+        return []
+    key = f"zoo/{name}"
+    client.key_value_set(f"{key}/{global_state.process_id}", "here", allow_overwrite=True)
+    try:
+        client.wait_at_barrier(key, round(1000 * seconds))
+    except Exception:  # of JAX's service: a barrier's time is over, or it is gone itself
+        here = {int(each.rpartition("/")[2]) for each, _ in client.key_value_dir_get(key)}
+        late = [process for process in range(global_state.num_processes) if process not in here]
+        if not late:
+            raise
+        return late
+    return []
+
+
 class Cluster:
     """The processes of one run, seen from this one. To be entered around the whole run.
 
@@ -97,21 +120,11 @@ class Cluster:
         `seconds` (by default what a compilation may take by `train.hang_seconds`)."""
         if self._link is None:
             return
-        from jax._src.distributed import global_state
-
         seconds = seconds or LIMITS["compilation"] * self._hang_seconds or LONGEST_SECONDS
-        client, key = global_state.client, f"zoo/{name}"
-        assert client is not None
-        client.key_value_set(f"{key}/{self.process}", "here", allow_overwrite=True)
-        try:
-            client.wait_at_barrier(key, round(1000 * seconds))
-        except Exception as error:  # of JAX's service; a lost process is the link's to tell
-            here = {int(each.rpartition("/")[2]) for each, _ in client.key_value_dir_get(key)}
-            late = [self._link.name(each) for each in range(self.processes) if each not in here]
-            if not late:
-                raise
-            came = f"{len(here)} of {self.processes} processes came to {name} within {seconds:g} s"
-            raise Lost(f"{came}; late: {', '.join(late)}") from error
+        late = wait_for_all(name, seconds)
+        if late:
+            came = f"{self.processes - len(late)} of {self.processes} processes came to {name} within {seconds:g} s"
+            raise Lost(f"{came}; late: {', '.join(self._link.name(each) for each in late)}")
 
     def tell_health(self, health: Mapping[str, Any]) -> None:
         """What this process says of itself; process 0 collects it, nobody waits."""
