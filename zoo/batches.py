@@ -138,6 +138,7 @@ def make_batches(
         rows=rows,
         threads=data.threads,
         prefetch=data.prefetch,
+        readers=data.readers,
     )
 
 
@@ -163,4 +164,5 @@ def make_loader(config: Config, dataset: Dataset, part: str, rows: Sequence[int]
         rows=rows,
         threads=data.threads,
         prefetch=data.prefetch,
+        readers=data.readers,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import pickle
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -23,6 +24,7 @@ from fsspec import AbstractFileSystem
 from zoo.data import remote
 from zoo.data.loader import Loader
 from zoo.data.remote import Remote, ShardCache, locate, record_ranges, without_headers
+from zoo.data.shards import Shards
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
 
@@ -96,6 +98,15 @@ def test_batches_are_those_of_the_disk(bucket: str, dataset: Dataset) -> None:
 
     for one, other in islice(zip(batches(Dataset.open(bucket)), batches(dataset), strict=True), 5):
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_rows_of_a_batch_are_read_at_a_time(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"window": 100, "batch_size": 8, "seed": 0, "threads": 0}
+    one = next(Loader(dataset, np.arange(len(dataset)), **options).at(0))
+    four, read = threading.Barrier(4, timeout=20), Shards.read
+    monkeypatch.setattr(Shards, "read", lambda shards, i: (four.wait(), read(shards, i))[1])
+    other = next(Loader(dataset, np.arange(len(dataset)), **options, readers=4).at(0))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_ranges_follow_from_sizes(tmp_path: Path) -> None:

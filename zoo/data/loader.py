@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -52,6 +53,7 @@ class Loader:
     rows        this host's rows of each batch; None for all
     threads     batches that are read at a time; 0 reads in the caller's thread
     prefetch    batches held ready
+    readers     rows of a batch that are read at a time
 
     One epoch takes as many windows from a record as fit in it side by side, each at a random place.
     ZooError when no record is long enough, when `mask_patch` does not divide `window`, and, while
@@ -73,6 +75,7 @@ class Loader:
         rows: Sequence[int] | None = None,
         threads: int = 1,
         prefetch: int = 4,
+        readers: int = 1,
     ) -> None:
         records = np.asarray(records, np.int64)
         self._label = dataset.label
@@ -97,6 +100,7 @@ class Loader:
         self.n_examples = int(windows.sum())
         self._rows = range(batch_size) if rows is None else rows
         self._threads, self._prefetch = threads, prefetch
+        self._map = together(readers)
         self._patches = window // mask_patch if mask_patch else 0
         self._mask_ratio = mask_ratio
         self._channels = Channels(dataset, channels)
@@ -158,7 +162,7 @@ class Loader:
         return example
 
     def _batch(self, step: int) -> Batch:
-        examples = [self._stream[step * self.batch_size + row] for row in self._rows]
+        examples = list(self._map(lambda row: self._stream[step * self.batch_size + row], self._rows))
         stacked = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         channel, record = stacked.pop("channel"), stacked["record"].astype(np.int32)
         recording = self.dataset.recording[record]
@@ -170,6 +174,11 @@ class Loader:
             "label": self._label[record].astype(np.int32),
             "subject": self.dataset.person[recording].astype(np.int32),
         }
+
+
+def together(readers: int) -> Callable[..., Iterator[Any]]:
+    """`map`, `readers` at a time."""
+    return map if readers < 2 else ThreadPoolExecutor(readers).map
 
 
 class Order:

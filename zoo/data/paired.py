@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zoo.data.channels import Channels, take
-from zoo.data.loader import ahead
+from zoo.data.loader import ahead, together
 from zoo.data.remote import ShardCache
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
@@ -121,6 +121,7 @@ class PairedLoader:
     rows        this host's rows of each batch; None for all
     threads     batches that are read at a time; 0 reads in the caller's thread
     prefetch    batches held ready
+    readers     rows of a batch that are read at a time
 
     An epoch takes every unit that all modalities have once, and of each modality one of its trials at random. Trials
     whose samples are not all stored in `part` are left out. ZooError when no unit is left, when two recordings of one
@@ -139,6 +140,7 @@ class PairedLoader:
         rows: Sequence[int] | None = None,
         threads: int = 1,
         prefetch: int = 4,
+        readers: int = 1,
     ) -> None:
         self.batch_size = batch_size
         self._datasets = data.datasets
@@ -161,6 +163,7 @@ class PairedLoader:
         self._units = f"{self.n_examples} of {cut.units_of_any} {'stretches of time' if by == 'time' else 'stimuli'}"
         self._rows = range(batch_size) if rows is None else rows
         self._threads, self._prefetch = threads, prefetch
+        self._map = together(readers)
         self._stream = self._examples(seed)
 
     @property
@@ -217,7 +220,7 @@ class PairedLoader:
         return example
 
     def _batch(self, step: int) -> Batch:
-        examples = [self._stream[step * self.batch_size + row] for row in self._rows]
+        examples = list(self._map(lambda row: self._stream[step * self.batch_size + row], self._rows))
         stimulus = np.array([example["stimulus"] for example in examples], np.int32)
         batch: Batch = {"stimulus": stimulus, "label": self._label[stimulus].astype(np.int32)}
         for name, dataset in self._datasets.items():

@@ -44,9 +44,10 @@ class Data:
         channels: valid channels drawn at random for each training example; 0 takes all
         cache_gigabytes: memory for the records read last, on each host
         shard_gigabytes: disk for copies of shards that lie on object stores, on each host; 0 keeps none and reads each
-            record by its byte range, which wants many `threads`
+            record by its byte range
         threads: batches read at a time
         prefetch: batches held ready
+        readers: rows of a batch read at a time; many make up for the distance to an object store
     """
 
     source: str = ""
@@ -68,6 +69,7 @@ class Data:
     shard_gigabytes: float = 0.0
     threads: int = 1
     prefetch: int = 4
+    readers: int = 1
 
 
 @dataclass(frozen=True)
