@@ -128,7 +128,7 @@ def _all_rounds(ring: Ring, step: Callable[[Rounds, Any, Any], Any], carry: Any)
     return carry
 
 
-def loop(first: int, last: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+def loop(first: int, last: int | jax.Array, step: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`lax.fori_loop` that is never a scan, whose constants JAX would stack for all rounds where it looks for them."""
 
     def body(counted: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -159,11 +159,12 @@ def _merged(one: Results, other: Results) -> Results:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def reordered(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any:
+def reordered(axis: str, tree: Any, order: jax.Array, inverse: jax.Array, in_place: jax.Array) -> Any:
     """Arrays [B, T / P, …] of this device, T in all → this device's part of them with all tokens in another order.
 
     order    [B, T / P] integers: where among all T each of this device's tokens is afterwards taken from
     inverse  where each is to be taken from to undo it
+    in_place  [] bool, the same on all devices of the mesh: all tokens keep their places, and none has to travel
     """
     size, index, length = lax.axis_size(axis), lax.axis_index(axis), order.shape[1]
 
@@ -179,20 +180,22 @@ def reordered(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any
 
         return jax.tree.map(put, visiting, taken), passed_on(visiting, axis, size)
 
-    return loop(0, size - 1, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
+    return loop(0, jnp.where(in_place, -1, size - 1), step, (tree, tree))[0]
 
 
-def _reordered_forward(axis: str, tree: Any, order: jax.Array, inverse: jax.Array) -> Any:
-    return reordered(axis, tree, order, inverse), (order, inverse)
+def _reordered_forward(
+    axis: str, tree: Any, order: jax.Array, inverse: jax.Array, in_place: jax.Array
+) -> tuple[Any, Any]:
+    return reordered(axis, tree, order, inverse, in_place), (order, inverse, in_place)
 
 
 def _reordered_backward(axis: str, kept: Any, cotangent: Any) -> Any:
-    order, inverse = kept
+    order, inverse, in_place = kept
     leaves, structure = jax.tree.flatten(cotangent)
     floating = [x for x in leaves if x.dtype != jax.dtypes.float0]
-    moved = iter(reordered(axis, floating, inverse, order))
+    moved = iter(reordered(axis, floating, inverse, order, in_place))
     leaves = [x if x.dtype == jax.dtypes.float0 else next(moved) for x in leaves]
-    return jax.tree.unflatten(structure, leaves), None, None
+    return jax.tree.unflatten(structure, leaves), None, None, None
 
 
 reordered.defvjp(_reordered_forward, _reordered_backward)

@@ -298,16 +298,12 @@ def reordered(tree: Any, order: Array, back: Array) -> Any:
     """
     if not splits_time(order.shape[1]):
         return jax.tree.map(lambda x: jnp.take_along_axis(x, jnp.expand_dims(order, range(2, x.ndim)), axis=1), tree)
-    leaves, structure = jax.tree.flatten((tree, order, back))
+    in_place = jnp.all(order == jnp.arange(order.shape[1]))
+    leaves, structure = jax.tree.flatten((tree, order, back, in_place))
 
     def op(*leaves: Array, axis: str | None) -> tuple[Array, ...]:
         assert axis is not None
         return tuple(jax.tree.leaves(reordered_on_devices(axis, *jax.tree.unflatten(structure, leaves))))
 
-    def moved(*leaves: Array) -> tuple[Array, ...]:
-        axes = tuple((*SPLIT_HEADS, None)[: x.ndim] if x.ndim > 3 else (*SPLIT_IDS, None)[: x.ndim] for x in leaves)
-        return over_time(op, leaves, axes, axes[:-2])
-
-    there = jnp.all(order == jnp.arange(order.shape[1]))
-    found = jax.lax.cond(there, lambda *leaves: leaves[:-2], moved, *leaves)
-    return jax.tree.unflatten(jax.tree.structure(tree), found)
+    axes = tuple((*SPLIT_HEADS, None)[: x.ndim] if x.ndim > 3 else (*SPLIT_IDS, None)[: x.ndim] for x in leaves)
+    return jax.tree.unflatten(jax.tree.structure(tree), over_time(op, leaves, axes, axes[:-3]))
