@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_its_card_says_what_goes_in_and_comes_out(eegnet):
     assert zoo.create(card["model"], **restored(card["options"])) == module
     assert card["recording"]["channels"] == list(module.montage)
     assert card["recording"]["kinds"] == ["eeg"]
-    assert card["checked"]["batches"] == [3, 1]
+    assert [each["signal"] for each in card["checked"]["sizes"]] == [[3, 4, 32], [1, 4, 32]]
+    assert card["checked"]["channels"] == card["recording"]["channels"]
+    assert card["checked"]["kinds"] == ["eeg"] * 4
     assert 0 <= card["checked"]["largest_difference"] < 1e-5
     assert card["platforms"] == ["cpu", "cuda", "tpu"]
     assert (card["versions"]["jax"], card["calling_convention_version"]) == (
@@ -144,6 +147,7 @@ def test_jax_alone_reads_it(eegnet):
 def test_variables_beside_the_program_and_windows_of_any_length(centred):
     assert {each.name for each in centred.iterdir()} == {CARD, PROGRAM, WEIGHTS}
     program = zoo.load_program(centred)
+    assert [each["signal"] for each in program.card["checked"]["sizes"]] == [[2, 3, 4], [1, 3, 4], [2, 3, 8]]
     for samples in (2, 7):
         signal = np.random.default_rng(samples).normal(size=(4, 3, samples)).astype(np.float32)
         close(program(signal, sensors(4, 3)), Centred().apply({"params": {"gain": 3.0}}, signal, sensors(4, 3)))
@@ -254,7 +258,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path):
     x = {"x": np.ones((2, 3), np.float32)}
     out = tmp_path / "out"
     for module, inputs, options, says in (
-        (Fickle(), x, {}, r"the program's output is \S+ \(relative\) off the model's; nothing written"),
+        (Fickle(), x, {}, r"the program's output is \S+ \(relative\) off the model's; not written"),
         (Odd(), x, {}, r"the program's output is 2.0e\+00 \(relative\) off the model's"),
         (Few(), x, {}, r"^Few: cannot be exported with x \[b, 3\]: "),
         (Few(), {"y": 1}, {}, r"Few.__call__: takes x; got y"),
@@ -293,14 +297,19 @@ def test_the_command_exports_a_trained_model_with_its_classifier(tmp_path, capsy
     assert main([*arguments, "--samples", "33"]) == 2
     assert capsys.readouterr().err.startswith("zoo: EEGNet: cannot be exported with signal [b, 4, 33]")
     for more, says in (
-        ([], "samples '': wanted a number"),
+        ([], "--samples '': wanted a number, or a letter for any"),
+        (["--samples", "32", "--channels", "FP1,XX"], "wanted channels FP1, FP2, F3, F4 in this order"),
+        (["--samples", "32", "--channels", "2-"], "wanted channels FP1, FP2, F3, F4 in this order"),
         (["--samples", "32", "--kind", "mag"], "kind 'mag': takes eeg"),
         (["--samples", "32", "--method", "encode"], "encode"),
     ):
         assert main([*arguments, *more]) == 2
         assert says in capsys.readouterr().err
     assert main([*arguments, "--samples", "32", "--platforms", "cpu", "--weights", "beside"]) == 0
-    assert f"{tmp_path / 'served'}: trained for cpu" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'served'}: trained for cpu" in said
+    assert re.search(r"^  in  signal +float32 \[b, 4, 32\]$", said, re.MULTILINE)
+    assert re.search(r"^  out logits +float32 \[b, 2\]$", said, re.MULTILINE)
     found = zoo.load_program(tmp_path / "served")(signal, given)
     out = run(module, variables, signal, given)
     close({"logits": found["logits"]}, {"logits": run(head, weights, out.pooled)})

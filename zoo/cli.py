@@ -254,8 +254,8 @@ def convert(arguments: Sequence[str]) -> None:
 
 def export_program(arguments: Sequence[str]) -> None:
     """zoo export-program MODEL OUT [OPTIONS]"""
-    from zoo.serving import Options
-    from zoo.serving import run as export
+    from zoo.export_command import Options
+    from zoo.export_command import run as export
     from zoo.terminal import parse
 
     words, options = _split_words(arguments)

@@ -1,6 +1,4 @@
-"""`zoo export-program`: a trained model as a program that is served without its code (`zoo.program` runs it).
-
-    zoo export-program runs/quickstart served --channels FP1,FP2,C3,C4 --samples 200*a --constraints "a <= 16"
+"""A trained model as a program that is served without its code (`zoo.program` runs it).
 
     zoo.export_program(module, variables, "served", {"signal": signal, "sensors": sensors})
 
@@ -12,9 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,15 +24,13 @@ import numpy as np
 from jax import export
 
 from zoo.data.store import file_sha256, write_file, write_json
-from zoo.embed import with_tokenizer
 from zoo.errors import ZooError
 from zoo.program import CARD, FORMAT, PROGRAM, WEIGHTS, card_sha256, first_line, named, platform
 from zoo.registry import entry
-from zoo.sensors import KINDS, NAME_INDEX
-from zoo.types import Sensors, Variables
+from zoo.sensors import KINDS, NAMES
+from zoo.types import Variables
 from zoo.weights.files import write
 from zoo.weights.folder import PACKAGES, Weights, described, input_of, new_folder
-from zoo.weights.load import load_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LOWERED = ("cpu", "cuda", "rocm", "tpu")
@@ -44,71 +38,6 @@ BATCH = "b"
 UNITS = {"sensors.position": "m, head coordinates", "sensors.orientation": "unit vector"}
 TOLERANCE = 1e-5
 """Of the largest number of an output: what sums may differ by that XLA takes in another order for another batch."""
-EXAMPLE = 2
-"""Size of an open axis where the program is checked."""
-SIZE = re.compile(r"\d+|((?P<times>\d+)\*)?[a-z]")
-HEAD_RADIUS = 0.09
-"""Metres; where sensors are drawn."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """A trained model → a program to serve: `zoo export-program MODEL OUT [OPTIONS]`.
-
-    MODEL is the name of published weights (`zoo list`), a run's folder, an exported folder, or hf:owner/repository. OUT
-    is a new folder. The program needs JAX to run, and neither the model's code nor its files.
-
-    Attributes:
-        channels: their canonical names, with commas between, or how many; by default what the model is made for. A
-            letter stands for any number
-        kind: kind of the channels; by default the first that the model takes
-        samples: of a window; by default those that the model was trained on. A multiple of a letter, such as 200*a,
-            stands for any such number
-        constraints: what the model wants of the letters, such as "a <= 16"
-        batch: examples of a call; by default any number
-        method: of the model; encode and decode of a tokenizer
-        platforms: that the program can run on: cpu, cuda, rocm, tpu. That of this machine must be among them
-        weights: inside: the program holds its parameters; beside: they are a file of their own
-        tokenizer: weights of the tokenizer, for an encoder that came without
-    """
-
-    channels: str = ""
-    kind: str = ""
-    samples: str = ""
-    constraints: tuple[str, ...] = ()
-    batch: str = BATCH
-    method: str = "__call__"
-    platforms: tuple[str, ...] = PLATFORMS
-    weights: str = "inside"
-    tokenizer: str = ""
-
-
-def run(model: str, out: str, chosen: Options) -> None:
-    """`zoo export-program`: draws inputs of the shapes that are asked for, exports and says what."""
-    weights = load_weights(model)
-    variables = with_tokenizer(weights, chosen.tokenizer)
-    rate = getattr(weights.module, "sampling_rate", None) or (weights.recipe.rate_hz if weights.recipe else None)
-    window = round(weights.window_seconds * rate) if weights.window_seconds and rate else None
-    inputs, shapes = drawn_inputs(weights.module, window, chosen)
-    head = (weights.module.head(weights.classes), weights.head) if weights.classes else None
-    folder = export_program(
-        weights.module,
-        variables,
-        out,
-        inputs,
-        head=head if chosen.method == "__call__" else None,
-        method=chosen.method,
-        shapes=shapes,
-        constraints=chosen.constraints,
-        batch=chosen.batch,
-        platforms=chosen.platforms,
-        weights=chosen.weights,
-        known=weights,
-    )
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {weights.name} for {', '.join(chosen.platforms)}, {size / 1e6:.1f} MB, equal to the model")
-    for name in named(inputs):
-        print(f"  {name:<22} [{shapes[name]}]")
 
 
 def export_program(
@@ -173,7 +102,7 @@ def export_program(
             sizes = ", ".join(f"{each} [{_told(leaf.shape)}]" for each, leaf in opened.items())
             raise ZooError(f"{name}: cannot be exported with {sizes}: {first_line(error)}") from error
         content = bytes(exported.serialize())
-        checked = _check(name, content, before, partial(compute, leaves), _examples(given, opened))
+        checked = _check(name, content, before, partial(compute, leaves), _examples(given, opened)) | _channels(given)
         card = {
             "format": FORMAT,
             "name": known.name,
@@ -193,66 +122,9 @@ def export_program(
     return folder
 
 
-def drawn_inputs(module: nn.Module, window: int | None, chosen: Options) -> tuple[dict[str, Any], dict[str, str]]:
-    """Noise of the shapes that are asked for, sensors at places on a head, and the open shape of each array.
-
-    window  samples, where `chosen` names none
-    """
-    name = type(module).__name__
-    takes = inspect.signature(getattr(module, chosen.method, module.__call__)).parameters
-    if not {"signal", "codes"} & set(takes) or "sensors" not in takes:
-        raise ZooError(f"{name}: {chosen.method} takes no signal and sensors; zoo.export_program takes any inputs")
-    wanted = getattr(module, "montage", None)
-    names: tuple[str, ...] = wanted if isinstance(wanted, tuple) else ()
-    channels, samples = chosen.channels or str(wanted if isinstance(wanted, int) else len(names) or ""), chosen.samples
-    if chosen.channels and not SIZE.fullmatch(chosen.channels):
-        names = tuple(each.strip().upper() for each in chosen.channels.split(","))
-        channels = str(len(names))
-    rows, frames = _size(name, "channels", channels), _size(name, "samples", samples or str(window or ""))
-    kinds = getattr(module, "TAKES", KINDS)
-    kind = chosen.kind or kinds[0]
-    if kind not in kinds:
-        raise ZooError(f"{name}: kind {kind!r}: takes {', '.join(kinds)}")
-
-    rng = np.random.default_rng(0)
-    position = rng.normal(size=(1, rows, 3))
-    position /= np.linalg.norm(position, axis=-1, keepdims=True)
-    sensors = Sensors(
-        position=(HEAD_RADIUS * position).astype(np.float32),
-        orientation=np.where(kind in ("mag", "grad"), position, np.nan).astype(np.float32),
-        kind=np.full((1, rows), KINDS.index(kind), np.int32),
-        name=np.array([[NAME_INDEX.get(each, -1) for each in names or ("",) * rows]], np.int32),
-        valid=np.ones((1, rows), bool),
-    )
-    inputs: dict[str, Any] = {"sensors": sensors}
-    shapes = {each: f"{chosen.batch}, {channels}" + ", 3" * (leaf.ndim - 2) for each, leaf in named(inputs).items()}
-    if "signal" in takes:
-        inputs = {"signal": rng.normal(size=(1, rows, frames)).astype(np.float32), **inputs}
-        shapes["signal"] = f"{chosen.batch}, {channels}, {samples or frames}"
-    else:
-        if not (channels + (samples or str(frames))).isdigit():
-            raise ZooError(f"{name}.{chosen.method}: channels {channels}, samples {samples}: wanted numbers for codes")
-        tokens, sizes = math.prod(module.grid(rows, frames)), module.code_sizes
-        inputs = {"codes": rng.integers(0, sizes, (1, tokens, len(sizes))).astype(np.int32), **inputs}
-        shapes["codes"] = f"{chosen.batch}, {tokens}, {len(sizes)}"
-    if getattr(module, "subjects", 0) and "subject" in takes:
-        inputs["subject"] = np.zeros(1, np.int32)
-        shapes["subject"] = chosen.batch
-    size = int(chosen.batch) if chosen.batch.isdigit() else 1
-    return jax.tree.map(lambda leaf: np.repeat(leaf, size, axis=0), inputs), shapes
-
-
 def _root(name: str) -> str:
     """The argument that an array belongs to."""
     return name.partition(".")[0]
-
-
-def _size(name: str, what: str, text: str) -> int:
-    """The number, or for an open axis that which it is checked with."""
-    found = SIZE.fullmatch(text)
-    if not found:
-        raise ZooError(f"{name}: {what} {text!r}: wanted a number, or a letter times a number (--{what} 200*a)")
-    return int(text) if text.isdigit() else int(found["times"] or 1) * EXAMPLE
 
 
 def _opened(
@@ -295,28 +167,44 @@ def _computation(
     return compute
 
 
-def _examples(given: Mapping[str, jax.Array], opened: Mapping[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.Array]]:
-    """What the program is checked with: the inputs, and where the batch is open, another batch of them."""
-    batched = [each for each, leaf in opened.items() if leaf.shape and not isinstance(leaf.shape[0], int)]
-    if not batched:
-        return [dict(given)]
-    size = given[batched[0]].shape[0]
+def _examples(
+    given: Mapping[str, jax.Array], opened: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[Mapping[str, jax.Array]]:
+    """What the program is checked with: the inputs; another batch of them; twice the size of all other open axes."""
+    examples = [given]
+    for batch in (True, False):
+        axes = {
+            each: [n for n, size in enumerate(leaf.shape) if not isinstance(size, int) and (n == 0) == batch]
+            for each, leaf in opened.items()
+        }
+        if any(axes.values()):
+            examples.append({each: _resized(leaf, axes[each]) for each, leaf in given.items()})
+    return examples
 
-    def other(leaf: jax.Array) -> jax.Array:
-        return leaf[:1] if size > 1 else jnp.repeat(leaf, 2, axis=0)
 
-    return [dict(given), {each: other(leaf) if each in batched else leaf for each, leaf in given.items()}]
+def _resized(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """One row of a batch of several; else twice the size."""
+    for axis in axes:
+        array = array[:1] if axis == 0 and len(array) > 1 else jnp.concatenate([array, array], axis)
+    return array
 
 
 def _check(
-    name: str, content: bytes, before: tuple[Any, ...], model: Any, examples: list[dict[str, jax.Array]]
+    name: str, content: bytes, before: tuple[Any, ...], model: Any, examples: Sequence[Mapping[str, jax.Array]]
 ) -> dict[str, Any]:
-    """Raises ZooError where the program does not give what the model does; else how far they are apart at most."""
+    """Raises ZooError where the program does not give what the model does; else what was compared, and how far they are
+    apart at most."""
     program = jax.jit(export.deserialize(bytearray(content)).call)
     live = jax.jit(model)
-    worst = 0.0
-    for arrays in examples:
-        found, wanted = jax.device_get((program(*before, arrays), live(arrays)))
+    worst, sizes = 0.0, []
+    for n, arrays in enumerate(examples):
+        try:
+            result = program(*before, arrays)
+        except ValueError:
+            if n == 0:
+                raise
+            continue  # what the constraints do not allow
+        found, wanted = jax.device_get((result, live(arrays)))
         for each in wanted:
             apart = _apart(found[each], wanted[each])
             if not apart <= max(TOLERANCE, 4 * _epsilon(wanted[each].dtype)):
@@ -324,7 +212,8 @@ def _check(
                     f"{name}: the program's {each} is {apart:.1e} (relative) off the model's; nothing written"
                 )
             worst = max(worst, apart)
-    return {"batches": [next(iter(arrays.values())).shape[0] for arrays in examples], "largest_difference": worst}
+        sizes.append({each: list(array.shape) for each, array in arrays.items()})
+    return {"sizes": sizes, "largest_difference": worst}
 
 
 def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -344,6 +233,17 @@ def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def _epsilon(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+
+
+def _channels(given: Mapping[str, jax.Array]) -> dict[str, list[str]]:
+    """Names ("" for one that has none) and kinds of the channels that it is checked with."""
+    if not {"sensors.name", "sensors.kind"} <= given.keys():
+        return {}
+    indices = np.asarray(given["sensors.name"][0])
+    return {
+        "channels": [NAMES[each] if each >= 0 else "" for each in indices],
+        "kinds": [KINDS[each] for each in np.asarray(given["sensors.kind"][0])],
+    }
 
 
 def _told_of(known: Weights, method: str) -> dict[str, Any]:
