@@ -13,8 +13,11 @@ from chaos import CONFIG, Chaos, free_port, parameters
 from small import finish, start
 
 HERE = socket.gethostname()
-AT_STEP_7 = "            if number == 7 and os.environ['CHAOS_PACE'] != '0.0':\n"
-"""Put into the loop that gives examples, of runs that are given a pace."""
+
+
+def at_step_7(lines: str) -> str:
+    """The configuration with these lines in the loop that gives examples."""
+    return CONFIG.replace("            out.write", f"            if number == 7:\n{lines}            out.write")
 
 
 @pytest.fixture
@@ -22,9 +25,8 @@ def two(cache, tmp_path):
     """Starts the tiny run in two processes, with a change of its configuration; 20 steps."""
     chaos = Chaos(tmp_path / "work", tmp_path / "disk", cache, faults=0, seed=0)
 
-    def run(*options, then="", hosts=2, pace=0.01):
-        lines = CONFIG.replace("            out.write", then + "            out.write")
-        (chaos.folder / "chaos.py").write_text(lines)
+    def run(*options, text=CONFIG, hosts=2, pace=0.01):
+        (chaos.folder / "chaos.py").write_text(text)
         return chaos.start(hosts, chaos.disk, *options, pace=pace)
 
     run.chaos = chaos
@@ -48,8 +50,7 @@ def test_a_process_that_does_not_come_is_named(tmp_path, cache, monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_that_hangs_leaves_stacks_and_ends_all(two):
-    hangs = AT_STEP_7 + "                time.sleep(1000)\n"
-    run = two("--train.hang-seconds", "10", then=hangs)
+    run = two("--train.hang-seconds", "10", text=at_step_7("                time.sleep(1000)\n"))
     assert run.end() == [5, 5]
     for number in range(2):
         said = run.text(number)
@@ -62,6 +63,17 @@ def test_a_step_that_hangs_leaves_stacks_and_ends_all(two):
         assert "Thread 0x" in log
         assert "loop.py" in log
         assert " hangs: step at step" in log
+
+
+@pytest.mark.slow
+def test_a_barrier_names_who_is_late(two):
+    sleeps = "        if jax.process_index() == 1:\n            time.sleep(1000)\n"
+    lines = CONFIG.replace("        for number, batch", sleeps + "        for number, batch")
+    run = two("--train.hang-seconds", "2", text=lines)
+    assert run.end() == [4, 4]
+    late = f"1 of 2 processes came to checkpoints looked at within 8 s; late: process 1 ({HERE})"
+    assert f"zoo: {late}\n" in run.text(0)
+    assert f"zoo: {late}\n" in run.text(1)
 
 
 @pytest.mark.slow
@@ -85,8 +97,8 @@ def test_logs_and_health_of_each_process_and_only_the_first_speaks(two):
 
 @pytest.mark.slow
 def test_the_error_of_one_process_ends_the_other_at_once(two):
-    fails = AT_STEP_7 + "                if jax.process_index():\n                    raise KeyError('of the test')\n"
-    run = two(then=fails)
+    fails = "                if jax.process_index():\n                    raise KeyError('of the test')\n"
+    run = two(text=at_step_7(fails))
     while run.processes[1].poll() is None:
         time.sleep(0.05)
     ended = time.monotonic()
