@@ -208,9 +208,7 @@ def _check(
         for each in wanted:
             apart = _apart(found[each], wanted[each])
             if not apart <= max(TOLERANCE, 4 * _epsilon(wanted[each].dtype)):
-                raise ZooError(
-                    f"{name}: the program's {each} is {apart:.1e} (relative) off the model's; nothing written"
-                )
+                raise ZooError(f"{name}: the program's {each} is {apart:.1e} (relative) off the model's; not written")
             worst = max(worst, apart)
         sizes.append({each: list(array.shape) for each, array in arrays.items()})
     return {"sizes": sizes, "largest_difference": worst}
