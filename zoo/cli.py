@@ -26,7 +26,7 @@ usage: zoo COMMAND …
   convert SOURCE OUT         weights of another framework → a folder of ours, every tensor accounted for
   export-program MODEL OUT   a trained model → a program (StableHLO) that is served without the model's code
   list [PATTERN]             models, weights, samples and recipes whose name holds PATTERN
-  info NAME                  parameters, inputs and paper of a model, or of published weights
+  info NAME                  parameters, inputs and paper of a model, or of published weights; what a dataset holds
 
 `zoo COMMAND --help` tells more. Bad input gives one line and exit code 2; a run whose other processes were lost ends
 with 4, one that hangs with 5, and goes on by the same command.
@@ -287,6 +287,12 @@ def list_names(arguments: Sequence[str]) -> None:
 def info(arguments: Sequence[str]) -> None:
     """zoo info NAME"""
     name = _words(arguments, "zoo info NAME", 1)[0]
+    from zoo.data.about import about, looks_like_dataset
+
+    if looks_like_dataset(name):
+        for title, value in about(name).items():
+            print(f"{title:<11}{value}")
+        return
     from zoo.registry import create, entry, parameter_count
     from zoo.weights.cards import PRETRAINED
 

@@ -79,6 +79,8 @@ class Mixture(Dataset):
             np.concatenate([getattr(dataset, field) for dataset in self.datasets])
             for field in ("start", "length", "label")
         )
+        self.n_shards = sum(dataset.n_shards for dataset in self.datasets)
+        self.n_bytes = sum(dataset.n_bytes for dataset in self.datasets)
         self._offset = np.cumsum([0, *map(len, self.datasets)])
         self.source = np.repeat(np.arange(len(self.datasets)), np.diff(self._offset))
         self.splits = {

@@ -49,6 +49,8 @@ class Records:
     person      [recordings] int64 array: index of each recording's person in `people`
     splits      the default split: name -> record indices
     n_channels  most channels of any recording
+    n_shards, n_bytes
+                how many files there are, and their size
     recording, start, length, label, split
                 [records] int64 arrays: recording index, first sample in it, samples, index into `classes`
                 or −1, index into the names of `splits` or −1
@@ -80,6 +82,7 @@ class Records:
         )
         self.split = index["split"]
         self.splits = {name: np.flatnonzero(self.split == code) for code, name in enumerate(plain["split"]["names"])}
+        self.n_shards, self.n_bytes = len(plain["shards"]), sum(shard["size"] for shard in plain["shards"])
         self._shards = Shards(path, plain["shards"], index, self._record_bytes(plain), self.MAKER, shard_cache)
         # Records come recording by recording, and by start within one: a slice of the index each.
         self._first = np.searchsorted(self.recording, np.arange(len(self.recordings) + 1))
@@ -188,13 +191,13 @@ class Dataset(Records):
         """
         path = locate(path)
         plain = cls.read_json(path)
-        total = sum(shard["size"] for shard in plain["shards"])
-        if shard_cache is not None and not isinstance(path, Path) and total > shard_cache.limit:
+        dataset = cls(path, plain, cls.read_index(path, plain), shard_cache, cache_bytes)
+        if shard_cache is not None and not isinstance(path, Path) and dataset.n_bytes > shard_cache.limit:
             raise ZooError(
-                f"{path}: {total / 1e9:.3g} GB of shards, data.shard_gigabytes is {shard_cache.limit / 1e9:.3g}; "
-                "wanted at least as much, or 0 to read records by byte range"
+                f"{path}: {dataset.n_bytes / 1e9:.3g} GB of shards, data.shard_gigabytes is "
+                f"{shard_cache.limit / 1e9:.3g}; wanted at least as much, or 0 to read records by byte range"
             )
-        return cls(path, plain, cls.read_index(path, plain), shard_cache, cache_bytes)
+        return dataset
 
     def _record_bytes(self, plain: Mapping[str, Any]) -> npt.NDArray[np.int64]:
         channels = np.array([len(self.montages[each.montage].names) for each in self.recordings])
