@@ -23,7 +23,9 @@ import zoo
 from zoo.cli import main
 from zoo.encoders.encoder import LinearHead
 from zoo.errors import ZooError
+from zoo.export_command import Options, drawn_inputs
 from zoo.program import CARD, PROGRAM, WEIGHTS, card_sha256, named
+from zoo.sensors import KINDS, NAMES
 from zoo.weights.folder import restored
 
 ENCODERS = {case.name: case for case in test_encoders.CASES}
@@ -297,9 +299,9 @@ def test_the_command_exports_a_trained_model_with_its_classifier(tmp_path, capsy
     assert main([*arguments, "--samples", "33"]) == 2
     assert capsys.readouterr().err.startswith("zoo: EEGNet: cannot be exported with signal [b, 4, 33]")
     for more, says in (
-        ([], "--samples '': wanted a number, or a letter for any"),
+        ([], "--samples '': wanted a number, or for any a letter but b"),
         (["--samples", "32", "--channels", "FP1,XX"], "wanted channels FP1, FP2, F3, F4 in this order"),
-        (["--samples", "32", "--channels", "2-"], "wanted channels FP1, FP2, F3, F4 in this order"),
+        (["--samples", "32", "--channels", "2-"], "--channels '2-': wanted names with commas between, a number"),
         (["--samples", "32", "--kind", "mag"], "kind 'mag': takes eeg"),
         (["--samples", "32", "--method", "encode"], "encode"),
     ):
@@ -313,6 +315,35 @@ def test_the_command_exports_a_trained_model_with_its_classifier(tmp_path, capsy
     found = zoo.load_program(tmp_path / "served")(signal, given)
     out = run(module, variables, signal, given)
     close({"logits": found["logits"]}, {"logits": run(head, weights, out.pooled)})
+
+
+def test_inputs_are_drawn_as_the_options_say():
+    tokenizer = zoo.create("braintokenizer_tiny", window=32)
+    inputs, shapes = drawn_inputs(tokenizer, None, Options(channels="c", kind="grad", samples="32*a", method="encode"))
+    assert inputs["signal"].shape == (1, 2, 64)
+    assert shapes["signal"] == "b, c, 32*a"
+    assert shapes["sensors.position"] == shapes["sensors.orientation"] == "b, c, 3"
+    assert shapes["sensors.valid"] == "b, c"
+    np.testing.assert_allclose(np.linalg.norm(inputs["sensors"].orientation, axis=-1), 1, rtol=1e-6)
+    assert (inputs["sensors"].kind == KINDS.index("grad")).all()
+
+    codes, shapes = drawn_inputs(LEVELS, 4, Options(channels="FP1, o2,C3", batch="5", method="decode"))
+    LEVELS.check_codes(codes["codes"], 3)
+    assert codes["codes"].shape == (5, 12, 1)
+    assert (shapes["codes"], shapes["sensors.name"]) == ("5, 12, 1", "5, 3")
+    assert [NAMES[each] for each in codes["sensors"].name[4]] == ["FP1", "O2", "C3"]
+
+    encoder: Any = zoo.create("simple_conv_tiny", subjects=2)
+    assert drawn_inputs(encoder, 12, Options(channels="4"))[1]["subject"] == "b"
+    for options, says in (
+        (Options(channels="b"), "--channels 'b': wanted names .* a letter but b"),
+        (Options(channels="3", samples="200+a"), "--samples '200.a'"),
+        (Options(channels="c", samples="9", method="decode"), "channels c, samples 9: wanted numbers for codes"),
+        (Options(channels="3", samples="9", kind="eye"), "kind 'eye': takes eeg"),
+        (Options(channels="3", samples="9", method="grid"), "grid takes no signal and sensors"),
+    ):
+        with pytest.raises(ZooError, match=says):
+            drawn_inputs(LEVELS, None, options)
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ from zoo.weights.load import load_weights
 
 EXAMPLE = 2
 """Size of an open axis where the program is checked."""
-SIZE = re.compile(r"\d+|((?P<times>\d+)\*)?[a-z]")
+SIZE = re.compile(r"\d+|((?P<times>\d+)\*)?[ac-z]")
+"""A number, or a multiple of any; b is the batch."""
 HEAD_RADIUS = 0.09
 """Metres; where sensors are drawn."""
 
@@ -103,7 +104,7 @@ def drawn_inputs(module: nn.Module, window: int | None, chosen: Options) -> tupl
     wanted = getattr(module, "montage", None)
     names: tuple[str, ...] = wanted if isinstance(wanted, tuple) else ()
     channels, samples = chosen.channels or str(wanted if isinstance(wanted, int) else len(names) or ""), chosen.samples
-    if chosen.channels and not SIZE.fullmatch(chosen.channels):
+    if len(chosen.channels) > 1 and not chosen.channels[0].isdigit():
         names = tuple(each.strip().upper() for each in chosen.channels.split(","))
         channels = str(len(names))
     if names and hasattr(module, "check_sensors"):
@@ -147,5 +148,7 @@ def _size(name: str, what: str, text: str) -> int:
     found = SIZE.fullmatch(text)
     if not found:
         listed = "names with commas between, " if what == "channels" else ""
-        raise ZooError(f"{name}: --{what} {text!r}: wanted {listed}a number, or a letter for any, as in a or 200*a")
+        raise ZooError(
+            f"{name}: --{what} {text!r}: wanted {listed}a number, or for any a letter but b, as in a or 200*a"
+        )
     return int(text) if text.isdigit() else int(found["times"] or 1) * EXAMPLE
