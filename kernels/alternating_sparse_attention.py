@@ -81,9 +81,9 @@ def local_latent_attention(
     """
     op = "local_latent_attention"
     arrays = {"q": (q, "B T H K"), "latents": (latents, "B T C"), "up_k": (up_k, "C H K"), "up_v": (up_v, "C H V")}
-    q_rope, k_rope, scale, sizes = _arguments(op, arrays, q_rope, k_rope, "B T", scale)
+    q_rope, k_rope, scale, sizes = latent_arguments(op, arrays, q_rope, k_rope, "B T", scale)
     check_segment_ids(op, segment_ids, sizes)
-    k, v = (_up("btc,chk->bthk", latents, up) for up in (up_k, up_v))
+    k, v = (up_projected("btc,chk->bthk", latents, up) for up in (up_k, up_v))
     rope = jnp.broadcast_to(k_rope[:, :, None], (*q.shape[:3], k_rope.shape[-1]))
     ids = None if segment_ids is None else runs(segment_ids)
     mask = Causal() & Window(window)
@@ -134,13 +134,13 @@ def global_latent_attention(
     """
     op = "global_latent_attention"
     arrays = {"q": (q, "B T H K"), "latents": (latents, "B T G C"), "up_k": (up_k, "G C K"), "up_v": (up_v, "G C V")}
-    q_rope, k_rope, scale, sizes = _arguments(op, arrays, q_rope, k_rope, "B T", scale)
+    q_rope, k_rope, scale, sizes = latent_arguments(op, arrays, q_rope, k_rope, "B T", scale)
     check_shape(op, "gates", gates, "B T H 2", sizes | {"2": 2})
     check_segment_ids(op, segment_ids, sizes)
     compression_block = 2 * stride if compression_block is None else compression_block
     compression: dict[str, Any] = {"block_size": compression_block, "stride": stride}
     summaries = compress_blocks(latents, **compression, compress=compress)
-    k_compressed, v_compressed = (_up("bngc,gck->bngk", summaries, up) for up in (up_k, up_v))
+    k_compressed, v_compressed = (up_projected("bngc,gck->bngk", summaries, up) for up in (up_k, up_v))
     ids = None if segment_ids is None else runs(segment_ids)
     shared: dict[str, Any] = {"scale": scale, "segment_ids": ids, "implementation": implementation}
     compressed = compressed_attention(q, k_compressed, v_compressed, **compression, **shared)
@@ -155,7 +155,7 @@ def global_latent_attention(
         local=local,
         **shared,
     )
-    k, v = (_up("btgc,gck->btgk", latents, up) for up in (up_k, up_v))
+    k, v = (up_projected("btgc,gck->btgk", latents, up) for up in (up_k, up_v))
     rope = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], k_rope.shape[-1]))
     q, k = (jnp.concatenate(parts, axis=-1) for parts in ((q, q_rope), (k, rope)))
     return gated_sum(gates, compressed, selected_attention(q, k, v, blocks, block_size=block_size, **shared))
@@ -224,14 +224,14 @@ def local_latent_attention_step(
     """
     op = "local_latent_attention_step"
     arrays = {"q": (q, "B H K"), "latent": (latent, "B C"), "up_k": (up_k, "C H K"), "up_v": (up_v, "C H V")}
-    q_rope, k_rope, scale, _ = _arguments(op, arrays, q_rope, k_rope, "B", scale)
+    q_rope, k_rope, scale, _ = latent_arguments(op, arrays, q_rope, k_rope, "B", scale)
     time, window = cache.length, cache.latents.shape[1]
     latents, ropes = (written(old, x, time % window) for old, x in ((cache.latents, latent), (cache.k_rope, k_rope)))
     held = ring_times(time + 1, window) >= 0
-    query = jnp.concatenate([_up("bhk,chk->bhc", q, up_k), q_rope], axis=-1)
+    query = jnp.concatenate([up_projected("bhk,chk->bhc", q, up_k), q_rope], axis=-1)
     keys, values = jnp.concatenate([latents, ropes], axis=-1)[:, :, None], latents[:, :, None]
     mixed = attend(query, keys, values, visible=held[..., None], scale=scale)
-    return _up("bhc,chv->bhv", mixed, up_v), LocalLatentCache(latents, ropes, time + 1)
+    return up_projected("bhc,chv->bhv", mixed, up_v), LocalLatentCache(latents, ropes, time + 1)
 
 
 @jax.tree_util.register_dataclass
@@ -324,7 +324,7 @@ def global_latent_attention_step(
     """
     op = "global_latent_attention_step"
     arrays = {"q": (q, "B H K"), "latent": (latent, "B G C"), "up_k": (up_k, "G C K"), "up_v": (up_v, "G C V")}
-    q_rope, k_rope, scale, sizes = _arguments(op, arrays, q_rope, k_rope, "B", scale)
+    q_rope, k_rope, scale, sizes = latent_arguments(op, arrays, q_rope, k_rope, "B", scale)
     check_shape(op, "gates", gates, "B H 2", sizes | {"2": 2})
     compression_block = 2 * stride if compression_block is None else compression_block
     check_blocks(op, block_size, stride, compression_block)
@@ -348,7 +348,7 @@ def global_latent_attention_step(
     compressed = lax.cond(jnp.any(ends), added, lambda: cache.compressed)
     now, start = time[:, None], jnp.zeros_like(time[:, None])
     grouped = q.reshape(sizes["B"], sizes["G"], -1, sizes["K"])
-    query = _up("bghk,gck->bghc", grouped, up_k).reshape(*q.shape[:2], -1)
+    query = up_projected("bghk,gck->bghc", grouped, up_k).reshape(*q.shape[:2], -1)
     ids = select_for_query(form, query[:, None], compressed, now, start, capacity // block_size)[:, 0]
     values, rotary = (gather_blocks(x, ids, block_size) for x in (latents, ropes[:, :, None]))
     ended = form.visible(jnp.arange(places), now, start)
@@ -359,12 +359,12 @@ def global_latent_attention_step(
         attend(rotated, keys, values, visible=seen, scale=scale),
     )
     out = gated_sum(gates, *mixed).reshape(*grouped.shape[:3], -1)
-    out = _up("bghc,gcv->bghv", out, up_v).reshape(*q.shape[:2], -1)
+    out = up_projected("bghc,gcv->bghv", out, up_v).reshape(*q.shape[:2], -1)
     out = jnp.where(full[:, None, None], jnp.nan, out)
     return out, GlobalLatentCache(latents, ropes, compressed, jnp.where(full, time, time + 1))
 
 
-def _arguments(
+def latent_arguments(
     op: str,
     arrays: dict[str, tuple[jax.Array, str]],
     q_rope: jax.Array | None,
@@ -396,7 +396,7 @@ def _arguments(
     return q_rope, k_rope, (sizes["K"] + sizes["R"]) ** -0.5 if scale is None else float(scale), sizes
 
 
-def _up(equation: str, x: jax.Array, projection: jax.Array) -> jax.Array:
+def up_projected(equation: str, x: jax.Array, projection: jax.Array) -> jax.Array:
     """A projection, summed in at least float32, in x's dtype."""
     dtype, precision = compute_dtype(x, projection)
     return jnp.einsum(equation, x.astype(dtype), projection.astype(dtype), precision=precision).astype(x.dtype)

@@ -25,6 +25,7 @@ from kernels.heads import canonical, repeat_heads
 from kernels.linear_attention import linear_attention as whole_linear_attention
 from kernels.linear_scan import linear_scan as whole_linear_scan
 from kernels.packing import RESET, starts, with_resets
+from kernels.selective_scan import selective_scan as whole_selective_scan
 
 Parts = dict[str, Any]
 Map = tuple[jax.Array, jax.Array]
@@ -165,6 +166,32 @@ def delta_rule(
 
     arrays |= {"log_decay": given.log_decay, "segment_ids": segment_ids}
     return _run(op, local, mesh, spec, arrays, given.state, 4)
+
+
+def split_selective_scan(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    *,
+    axis: str,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """y of `kernels.selective_scan.selective_scan` for this device's tokens, inside `jax.shard_map`.
+
+    Arguments and errors are the operation's, with time split over the mesh axis `axis`. It costs the operation twice.
+    """
+    run = partial(whole_selective_scan, segment_ids=segment_ids, implementation=implementation)
+    fresh = _fresh(segment_ids, axis)
+    added = run(u, delta, A, B, C)[1]
+    total = jnp.sum(delta.astype(added.dtype), axis=1)[..., None] * A.astype(added.dtype)
+    if fresh is not None:
+        total += RESET * jnp.any(fresh, axis=1)[:, None, None]
+    _, before = _before((jnp.exp(total), added), _scale, axis)
+    return run(u, delta, A, B, C, D, initial_state=_unless_fresh(fresh, before))[0]
 
 
 def _run(

@@ -28,6 +28,7 @@ from kernels.alternating_sparse_attention import (
     local_latent_attention_step,
     local_latent_cache,
 )
+from kernels.split_latents import split_global_latent_attention, split_local_latent_attention
 from zoo.attention.native_sparse import (
     BLOCKS,
     SELECTION,
@@ -36,16 +37,17 @@ from zoo.attention.native_sparse import (
     closing_gaps,
     compress,
     sixteenth,
+    stretch,
 )
-from zoo.attention.softmax import HEADS, group_count, prompt_length
+from zoo.attention.softmax import SPLIT_HEADS, SPLIT_IDS, group_count, prompt_length
 from zoo.errors import ZooError
-from zoo.layers.devices import Axes, on_devices
+from zoo.layers.devices import Axes, over_time
 from zoo.layers.mixer import Mixer, State, head_count
 from zoo.layers.parameters import dense, fan_in, merge_heads, norm, partitioned, split_heads
 from zoo.layers.rotary import BASE, rotate, times
 from zoo.types import Array
 
-TOKENS = ("batch", None, None)
+TOKENS: Axes = (*SPLIT_IDS, None)
 
 
 class Latent(Mixer):
@@ -160,18 +162,27 @@ class Latent(Mixer):
 
     @nn.nowrap
     def on_devices(
-        self, op: Callable[..., Array], arrays: dict[str, Any], axes: Mapping[str, Axes], segment_ids: Array | None
+        self,
+        op: Callable[..., Array],
+        arrays: dict[str, Any],
+        axes: Mapping[str, Axes],
+        segment_ids: Array | None,
+        multiple: int,
     ) -> Array:
-        """op(**arrays), each device with its examples and heads; `axes` of arrays beside queries and rotary parts."""
-        axes = {"q": HEADS, "q_rope": HEADS, "k_rope": TOKENS, "segment_ids": ("batch", None), **axes}
+        """op(**arrays, axis=...), each device with its examples, heads and a stretch of a multiple of so many tokens.
+
+        `axes` are those of arrays beside queries and rotary parts.
+        """
+        axes = {"q": SPLIT_HEADS, "q_rope": SPLIT_HEADS, "k_rope": TOKENS, "segment_ids": SPLIT_IDS, **axes}
         if segment_ids is not None:
             arrays = {**arrays, "segment_ids": segment_ids}
         names = tuple(arrays)
-        return on_devices(
-            lambda *parts: op(**dict(zip(names, parts, strict=True))),
+        return over_time(
+            lambda *parts, axis: op(**dict(zip(names, parts, strict=True)), axis=axis),
             tuple(arrays.values()),
             tuple(axes[name] for name in names),
-            HEADS,
+            SPLIT_HEADS,
+            multiple,
         )
 
 
@@ -203,8 +214,13 @@ class LocalLatent(Latent):
 
     def mixed(self, arrays: dict[str, Any], segment_ids: Array | None) -> Array:
         axes = {"latents": TOKENS, "up_k": (None, "heads", None), "up_v": (None, "heads", None)}
-        op = partial(local_latent_attention, window=self.window)
-        return self.on_devices(op, {**arrays, "up_k": self.up_key, "up_v": self.up_value}, axes, segment_ids)
+
+        def op(*, axis: str | None, **arrays: Any) -> Array:
+            if axis is None:
+                return local_latent_attention(**arrays, window=self.window)
+            return split_local_latent_attention(**arrays, axis=axis, window=self.window)
+
+        return self.on_devices(op, {**arrays, "up_k": self.up_key, "up_v": self.up_value}, axes, segment_ids, 1)
 
     def recalled(self, token: dict[str, Any], state: LocalLatentCache) -> tuple[Array, LocalLatentCache]:
         q, latent = token.pop("q"), token.pop("latents")
@@ -269,15 +285,22 @@ class GlobalLatent(Latent):
 
     def mixed(self, arrays: dict[str, Any], segment_ids: Array | None) -> Array:
         weights = {f"weight_{n}": x for n, x in enumerate(self.compression())}
-        axes = {"latents": HEADS, "gates": HEADS, "up_k": ("heads", None, None), "up_v": ("heads", None, None)}
+        axes = {
+            "latents": SPLIT_HEADS,
+            "gates": SPLIT_HEADS,
+            "up_k": ("heads", None, None),
+            "up_v": ("heads", None, None),
+        }
         axes |= dict(zip(weights, self.compression.axes, strict=True))
 
-        def op(**arrays: Any) -> Array:
+        def op(*, axis: str | None, **arrays: Any) -> Array:
             options = self.options(tuple(arrays.pop(name) for name in weights))
-            return global_latent_attention(**arrays, **options)
+            if axis is None:
+                return global_latent_attention(**arrays, **options)
+            return split_global_latent_attention(**arrays, axis=axis, **options)
 
         every = {**arrays, **weights, "up_k": self.up_key, "up_v": self.up_value}
-        return self.on_devices(op, every, axes, segment_ids)
+        return self.on_devices(op, every, axes, segment_ids, stretch(self))
 
     def recalled(self, token: dict[str, Any], state: GlobalLatentCache) -> tuple[Array, GlobalLatentCache]:
         q, latent, gates = (token.pop(name) for name in ("q", "latents", "gates"))

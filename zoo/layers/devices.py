@@ -7,7 +7,7 @@ these functions only call the operation. An axis that does not divide among its 
 Time is split where the rules put "tokens" on a mesh axis of more than one device. What then becomes of it:
 
     states travel       recurrences that are linear in their state: linear, gla, retention, lightnet, deltanet,
-                        gated_deltanet, kda, mamba2, rg_lru, s5
+                        gated_deltanet, kda, mamba, mamba2, rg_lru, s5
     keys go round       softmax attention: softmax, gated, region, duplex, sliding windows longer than a stretch
     neighbours' tokens  short windows: sliding_window, asa_local; convolutions over a few tokens
     blocks              native_sparse, moba, asa_global: summaries of all blocks go everywhere, keys go round. Stretches

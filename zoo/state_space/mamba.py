@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from kernels.selective_scan import selective_scan, selective_scan_step
+from kernels.sequence import split_selective_scan
 from zoo.errors import ZooError
 from zoo.layers.convolution import ShortConvolution
-from zoo.layers.devices import on_devices
+from zoo.layers.devices import over_time
 from zoo.layers.mixer import Mixer
 from zoo.layers.parameters import LIKE_TORCH, dense, partitioned
 from zoo.types import Array
 
 STEP_FLOOR = 1e-4
 """No step is smaller when parameters are drawn."""
-OVER_TIME, SHARED = ("batch", None, "mlp"), ("batch", None, None)
+OVER_TIME, SHARED = ("batch", "tokens", "mlp"), ("batch", "tokens", None)
 
 
 @jax.tree_util.register_dataclass
@@ -104,11 +105,14 @@ class Mamba(Mixer):
             delta = jnp.where(mask[..., None], delta, 0)
         ids = () if segment_ids is None else (segment_ids,)
 
-        def op(*arrays: Array) -> Array:
-            return selective_scan(*arrays[:6], segment_ids=arrays[6] if ids else None)[0]
+        def op(*arrays: Array, axis: str | None) -> Array:
+            own = arrays[6] if ids else None
+            if axis is None:
+                return selective_scan(*arrays[:6], segment_ids=own)[0]
+            return split_selective_scan(*arrays[:6], axis=axis, segment_ids=own)
 
-        axes = (OVER_TIME, OVER_TIME, ("mlp", None), SHARED, SHARED, ("mlp",), *(("batch", None),) * len(ids))
-        y = on_devices(op, (u, delta, -jnp.exp(self.A_log), B, C, self.D, *ids), axes, OVER_TIME)
+        axes = (OVER_TIME, OVER_TIME, ("mlp", None), SHARED, SHARED, ("mlp",), *(OVER_TIME[:2],) * len(ids))
+        y = over_time(op, (u, delta, -jnp.exp(self.A_log), B, C, self.D, *ids), axes, OVER_TIME)
         return self.out(y * jax.nn.silu(self.gate(x)))
 
     def initial_state(self, batch: int, capacity: int = 2048) -> MambaState:
