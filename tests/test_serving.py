@@ -231,6 +231,14 @@ def test_another_file_in_the_programs_place_is_refused(centred):
         zoo.load_program(centred)
 
 
+def test_what_reads_and_writes_programs_is_asked_for_where_it_is_not_there(centred, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax._src.export.serialization", None)
+    with pytest.raises(ZooError, match=r"centred: [^\n]+: pip install 'brain-zoo\[serving\]'$"):
+        zoo.load_program(centred)
+    with pytest.raises(ZooError, match=r"^export-program: [^\n]+: pip install 'brain-zoo\[serving\]'$"):
+        zoo.export_program(Few(), {}, tmp_path / "out", {"x": np.ones((2, 3), np.float32)}, batch="2")
+
+
 class Fickle(nn.Module):
     """Another function each time it is traced."""
 

@@ -112,6 +112,8 @@ def load_program(folder: str | Path) -> Program:
         raise ZooError(f"{folder}: made for {', '.join(platforms)}; this process computes on {here}")
     try:
         exported = export.deserialize(bytearray(content))
+    except ImportError as error:
+        raise ZooError(f"{folder}: {first_line(error)}: pip install 'brain-zoo[serving]'") from error
     except Exception as error:  # whatever the reader of a format makes of what is not in it
         raise ZooError(f"{folder / PROGRAM}: no program that this JAX can read: {first_line(error)}") from error
     run = jax.jit(exported.call)

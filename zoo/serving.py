@@ -101,7 +101,7 @@ def export_program(
         except Exception as error:  # whatever a model makes of a size that is a symbol
             sizes = ", ".join(f"{each} [{_told(leaf.shape)}]" for each, leaf in opened.items())
             raise ZooError(f"{name}: cannot be exported with {sizes}: {first_line(error)}") from error
-        content = bytes(exported.serialize())
+        content = _serialised(exported)
         checked = _check(name, content, before, partial(compute, leaves), _examples(given, opened)) | _channels(given)
         card = {
             "format": FORMAT,
@@ -149,6 +149,13 @@ def _opened(
     except ValueError as error:
         raise ZooError(f"export-program: shapes {dict(shapes)}, {list(constraints)}: {first_line(error)}") from error
     return opened
+
+
+def _serialised(exported: export.Exported) -> bytes:
+    try:
+        return bytes(exported.serialize())
+    except ImportError as error:
+        raise ZooError(f"export-program: {first_line(error)}: pip install 'brain-zoo[serving]'") from error
 
 
 def _computation(
