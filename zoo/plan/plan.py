@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from zoo.errors import ZooError
+from zoo.plan.activations import kept_bytes
 from zoo.plan.chips import NVIDIA, Chip
 from zoo.plan.collectives import Collective, collectives
 from zoo.plan.count import operations
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. state: parameters, optimiser, averages and collections; peak: what must fit at once."""
+    """Bytes on one device. state: parameters, optimiser, averages and collections; activations: about how much of the
+    temporaries the forward pass keeps for the backward pass; peak: what must fit at once."""
 
     parameters: int
     optimizer: int
     others: int
     batch: int
+    activations: float
     temporaries: int
     code: int
     peak: int
@@ -109,11 +112,12 @@ def plan(config: Config, target: Target, channels: int = 0) -> tuple[Plan, Any]:
 
     Raises ZooError where mesh, model and batch do not go together, and DoesNotFit where the compiler says so.
     """
-    from zoo.train.mesh import BatchPlacer
+    from zoo.train.mesh import BatchPlacer, divided
     from zoo.train.plan import step_flops
     from zoo.train.state import Program
 
     mesh = target.mesh(config.mesh)
+    config = divided(config, mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     # A task that needs what another run has trained may know how to do with its shapes.
     task = config.task.planned() if hasattr(config.task, "planned") else config.task
@@ -124,7 +128,8 @@ def plan(config: Config, target: Target, channels: int = 0) -> tuple[Plan, Any]:
     hlo = Hlo(compiled.as_text())
     with jax.set_mesh(mesh), program.context():
         done = operations(program.step, program.abstract(), program.batch)
-    memory = _memory(program, compiled, target.chip)
+        kept = kept_bytes(program)
+    memory = _memory(program, compiled, target.chip, kept)
     wires = _wires(collectives(hlo, mesh.shape), target.chip)
     model, traffic = step_flops(program), hlo.traffic()
     times: dict[str, float] = {}
@@ -220,8 +225,9 @@ def table(made: Plan) -> str:
         f"{made.config} on {made.target}: {made.devices} devices, {laid}; compiled in {made.compile_seconds:.0f} s",
         f"  memory a device    {_bytes(memory.peak)}{limit}",
         f"    parameters {_bytes(memory.parameters)}, optimiser {_bytes(memory.optimizer)}, other state "
-        f"{_bytes(memory.others)}, batch {_bytes(memory.batch)}, temporaries {_bytes(memory.temporaries)}, "
-        f"code {_bytes(memory.code)}",
+        f"{_bytes(memory.others)}, batch {_bytes(memory.batch)}, code {_bytes(memory.code)}, "
+        f"temporaries {_bytes(memory.temporaries)}",
+        f"    of the temporaries about {_bytes(memory.activations)} are activations kept for the backward pass",
         f"  operations a step  {made.model_operations:.3e} of the model, {made.program_operations:.3e} done",
     ]
     for name, seconds, what in (
@@ -270,7 +276,7 @@ def _buffers(text: str) -> list[str]:
     return found
 
 
-def _memory(program: Program, compiled: Any, chip: Chip | None) -> Memory:
+def _memory(program: Program, compiled: Any, chip: Chip | None, activations: float) -> Memory:
     state, analysis = program.abstract(), compiled.memory_analysis()
 
     def held(tree: Any) -> int:
@@ -286,6 +292,7 @@ def _memory(program: Program, compiled: Any, chip: Chip | None) -> Memory:
         optimizer=held(state.optimizer),
         others=held((state.step, state.collections, state.ema)),
         batch=held(program.batch),
+        activations=activations,
         temporaries=temporaries,
         code=code,
         peak=arguments + out - alias + temporaries + code,
