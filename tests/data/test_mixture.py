@@ -72,7 +72,7 @@ def test_the_whole_is_its_parts_one_after_another(mixture: Mixture, prepared: Pa
 
 
 def test_rows_are_where_they_say_in_the_dataset_they_name(mixture: Mixture) -> None:
-    for batch in islice(make(mixture).at(0), 10):
+    for batch in islice(make(mixture).at(0), 5):
         assert batch["dataset"].dtype == np.int32
         for row, (record, start) in enumerate(zip(batch["record"], batch["start"], strict=True)):
             assert batch["dataset"][row] == mixture.source[record]
@@ -117,8 +117,8 @@ def test_weights_in_whole_numbers() -> None:
 
 
 def test_each_dataset_has_epochs_of_its_own(mixture: Mixture) -> None:
-    loader = make(mixture, batch_size=1)
-    records = np.array([int(batch["record"][0]) for batch in islice(loader.at(0), 600)])
+    loader = make(mixture, batch_size=50, mask_patch=0, threads=0)
+    records = np.concatenate([batch["record"] for batch in islice(loader.at(0), 8)])
     for source in (0, 1):
         own = np.flatnonzero(mixture.source == source)
         fits = mixture.length[own] // 100
@@ -128,16 +128,16 @@ def test_each_dataset_has_epochs_of_its_own(mixture: Mixture) -> None:
         for epoch in epochs:
             np.testing.assert_array_equal(np.bincount(epoch, minlength=len(mixture))[own], fits)
         assert epochs[0].tolist() != epochs[1].tolist()
-    assert "noise 0.7 of the examples: 132 windows in 188.6 steps; rest 0.3" in str(loader)
+    assert "noise 0.7 of the examples: 132 windows in 3.8 steps; rest 0.3" in str(loader)
 
 
 def test_hosts_threads_and_starting_points_change_nothing(mixture: Mixture) -> None:
-    whole = list(islice(make(mixture).at(0), 8))
-    for start, loader in ((6, make(mixture)), (0, make(mixture, threads=0)), (0, make(mixture, threads=3))):
+    whole = list(islice(make(mixture).at(0), 4))
+    for start, loader in ((3, make(mixture)), (0, make(mixture, threads=0)), (0, make(mixture, threads=3))):
         for one, two in zip(whole[start:], loader.at(start), strict=False):
             assert_same(one, two)
     hosts = [make(mixture, rows=range(2 * host, 2 * host + 2)).at(0) for host in range(4)]
-    for one, *parts in islice(zip(whole, *hosts, strict=False), 4):
+    for one, *parts in islice(zip(whole, *hosts, strict=False), 2):
         assert_same(one, jax.tree.map(lambda *each: np.concatenate(each), *parts))
 
 

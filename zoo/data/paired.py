@@ -11,7 +11,6 @@ Like those of `zoo.data.loader`, a batch is a pure function of (seed, step).
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,9 @@ FIELDS = ("record", "start", "label", "subject", "stimulus", "segment", "sensors
 """Fields of a batch that are not modalities."""
 OF_ONE_SIGNAL = {"signal", "target"}
 """Modalities of which the first is the batch's own signal, and the other its features [b, T, F]."""
+
+NEVER = np.iinfo(np.int64).min
+"""Before every sample, also those that would lie before a recording."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class PairedLoader:
         self._channels = {
             name: Channels(dataset, data.options[name].channels) for name, dataset in data.datasets.items()
         }
-        cut = _Cut(data, part, {name: window for name, (_, window) in self._windows.items()})
+        cut = _Cut(data, part, self._windows)
         self.stimuli: tuple[str, ...] = ()
         """Labels of the stimuli."""
         if by == "time":
@@ -174,7 +176,7 @@ class PairedLoader:
     @property
     def samples_per_batch(self) -> int:
         """Samples of signal in a batch, over all modalities, channels and hosts."""
-        each = (channels.count * self._windows[name][1] for name, channels in self._channels.items())
+        each = (channels.count * self._windows[name] for name, channels in self._channels.items())
         return self.batch_size * sum(each)
 
     def __str__(self) -> str:
@@ -205,7 +207,7 @@ class PairedLoader:
         moved = rng.random() * self._slack[unit]
         example: dict[str, Any] = {"stimulus": unit}
         for name, dataset in self._datasets.items():
-            trials, size = self._trials[name], self._windows[name][1]
+            trials, size = self._trials[name], self._windows[name]
             trial = rng.integers(trials.first[unit], trials.first[unit + 1])
             recording = int(trials.recording[trial])
             start = min(int(trials.start[trial]) + round(moved * dataset.rate_hz), int(trials.latest[trial]))
@@ -234,15 +236,11 @@ class PairedLoader:
                 "subject": dataset.person[recording].astype(np.int32),
             }
             if "record" not in batch:
-                records = [dataset.record_at(*where) for where in zip(recording, start, strict=True)]
+                records = [int(dataset.record_at(*where)) for where in zip(recording, start, strict=True)]
                 batch["record"] = np.array(records, np.int32)
                 batch["start"] = start.astype(np.int32)
                 batch["subject"] = batch[name]["subject"]
         return flat(batch)
-
-
-Found = dict[tuple[Any, ...], list[tuple[int, int, int]]]
-"""Units of one modality, each with its trials: recording, first sample of the window, the last it may start at."""
 
 
 def flat(batch: Batch) -> Batch:
@@ -272,60 +270,68 @@ class _Cut:
             is_stimulus = re.compile(pattern).fullmatch
         except re.error as error:
             raise ZooError(f"data.stimuli: {pattern!r} is not a regular expression: {error}") from error
-        found: dict[str, Found] = {}
+        found: dict[str, dict[tuple[str, ...], list[tuple[int, int, int]]]] = {}
         for name, dataset in self.data.datasets.items():
-            offset = _window(dataset, self.data.options[name])[0]
             found[name] = defaultdict(list)
             for number, recording in enumerate(dataset.recordings):
-                for event in recording.events:
-                    start = event.onset + offset
-                    if is_stimulus(event.label) and self._latest(name, number, start) >= start:
+                events = [event for event in recording.events if is_stimulus(event.label)]
+                start = np.array([event.onset for event in events], np.int64) + self._offset(name)
+                for event, at, latest in zip(events, start.tolist(), self._latest(name, number, start), strict=True):
+                    if latest >= at:
                         unit = (recording.subject, event.label) if of_subject else (event.label,)
-                        found[name][unit].append((number, start, start))
-        trials, units = self._common(found, "stimulus")
-        return trials, [unit[-1] for unit in units]
-
-    def by_time(self) -> tuple[dict[str, Trials], npt.NDArray[np.float64]]:
-        """Trials of the units (session, number), one each, and the seconds by which each unit may be moved."""
-        length = min(options.window_seconds for options in self.data.options.values())
-        found: dict[str, Found] = {}
-        for name, dataset in self.data.datasets.items():
-            found[name] = {}
-            for session, number in _sessions(dataset).items():
-                seconds = dataset.recordings[number].n_samples / dataset.rate_hz
-                for slot in range(int(seconds // length) + 1):
-                    start = round((slot * length + self.data.options[name].offset_seconds) * dataset.rate_hz)
-                    latest = self._latest(name, number, start)
-                    if latest >= start:
-                        found[name][session, slot] = [(number, start, latest)]
-        trials, _ = self._common(found, "time")
-        room = [(each.latest - each.start) / self.data.datasets[name].rate_hz for name, each in trials.items()]
-        return trials, np.minimum(np.min(room, axis=0), length)
-
-    def _latest(self, name: str, recording: int, start: int) -> int:
-        """Last sample at which a window may start, from `start` on, with all of it stored; −1 for none."""
-        dataset = self.data.datasets[name]
-        record = dataset.record_at(recording, start)
-        if record < 0 or start >= self.reach[name][record]:
-            return -1
-        return int(self.reach[name][record]) - self.windows[name]
-
-    def _common(self, found: Mapping[str, Found], what: str) -> tuple[dict[str, Trials], list[Any]]:
-        """The units that every modality has, in order, and their trials."""
+                        found[name][unit].append((number, at, at))
         common = sorted(set.intersection(*(set(units) for units in found.values())))
         self.units_of_any = len(set.union(*(set(units) for units in found.values())))
         if not common:
-            few = "; ".join(f"{name} has {_few(units)}" for name, units in found.items())
-            raise ZooError(f"data.paired: no {what} is whole in the {self.part} part of every modality: {few}")
-        return {name: _trials([units[unit] for unit in common]) for name, units in found.items()}, common
+            raise self._nothing("stimulus", {name: [unit[-1] for unit in units] for name, units in found.items()})
+        trials = {name: _trials([units[unit] for unit in common]) for name, units in found.items()}
+        return trials, [unit[-1] for unit in common]
+
+    def by_time(self) -> tuple[dict[str, Trials], npt.NDArray[np.float64]]:
+        """Trials of stretches side by side of the sessions that every modality has, one each, and the seconds by which
+        each stretch may be moved."""
+        length = min(options.window_seconds for options in self.data.options.values())
+        sessions = {name: _sessions(dataset) for name, dataset in self.data.datasets.items()}
+        found: dict[str, list[npt.NDArray[np.int64]]] = {name: [np.zeros((3, 0), np.int64)] for name in sessions}
+        for session in sorted(set.intersection(*(set(each) for each in sessions.values()))):
+            trials = {}
+            for name, dataset in self.data.datasets.items():
+                number = sessions[name][session]
+                seconds = dataset.recordings[number].n_samples / dataset.rate_hz
+                onset = np.arange(int(seconds // length) + 1) * length
+                start = np.round((onset + self.data.options[name].offset_seconds) * dataset.rate_hz).astype(np.int64)
+                trials[name] = np.stack([np.full_like(start, number), start, self._latest(name, number, start)])
+            slots = min(each.shape[1] for each in trials.values())
+            there = np.stack([each[2, :slots] >= each[1, :slots] for each in trials.values()])
+            self.units_of_any += int(there.any(0).sum())
+            for name, each in trials.items():
+                found[name].append(each[:, :slots][:, there.all(0)])
+        if not sum(each.shape[1] for each in next(iter(found.values()))):
+            raise self._nothing("time", {name: list(each) for name, each in sessions.items()})
+        whole = {name: np.concatenate(each, axis=1) for name, each in found.items()}
+        room = [(latest - start) / self.data.datasets[name].rate_hz for name, (_, start, latest) in whole.items()]
+        count = np.arange(len(room[0]) + 1)
+        return {name: Trials(count, *each) for name, each in whole.items()}, np.minimum(np.min(room, axis=0), length)
+
+    def _offset(self, name: str) -> int:
+        return round(self.data.options[name].offset_seconds * self.data.datasets[name].rate_hz)
+
+    def _latest(self, name: str, recording: int, start: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Last sample at which a window may start, from each of `start` on, with all of it stored; `NEVER` for none."""
+        record, reach = self.data.datasets[name].record_at(recording, start), self.reach[name]
+        return np.where((record >= 0) & (start < reach[record]), reach[record] - self.windows[name], NEVER)
+
+    def _nothing(self, what: str, has: Mapping[str, Sequence[str]]) -> ZooError:
+        few = "; ".join(f"{name} has {_few(names)}" for name, names in has.items())
+        return ZooError(f"data.paired: no {what} is whole in the {self.part} part of every modality: {few}")
 
 
-def _window(dataset: Dataset, options: Paired) -> tuple[int, int]:
-    """Samples from the stimulus to the window, and of the window."""
+def _window(dataset: Dataset, options: Paired) -> int:
+    """Samples of the window."""
     size = round(options.window_seconds * dataset.rate_hz)
     if size < 1:
         raise ZooError(f"{dataset.path}: {options.window_seconds} s have no sample at {dataset.rate_hz:g} Hz")
-    return round(options.offset_seconds * dataset.rate_hz), size
+    return size
 
 
 def _reach(dataset: Dataset, part: str) -> npt.NDArray[np.int64]:
@@ -355,9 +361,9 @@ def _sessions(dataset: Dataset) -> dict[str, int]:
     return sessions
 
 
-def _few(units: Found) -> str:
-    names = [" ".join(map(str, unit)) for unit in itertools.islice(sorted(units), 4)]
-    return f"{len(units)} ({', '.join(names)}{', …' if len(units) > len(names) else ''})" if names else "none"
+def _few(names: Sequence[str]) -> str:
+    few = [*sorted(names)[:4], *["…"] * (len(names) > 4)]
+    return f"{len(names)} ({', '.join(few)})" if names else "none"
 
 
 def _trials(units: Sequence[Sequence[tuple[int, int, int]]]) -> Trials:

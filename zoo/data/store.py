@@ -218,11 +218,11 @@ class Dataset(Records):
                     self._cache.popitem(last=False)
         return signal
 
-    def record_at(self, recording: int, sample: int) -> int:
-        """The last record of a recording that starts at `sample` or before; −1 when none does."""
+    def record_at(self, recording: int, sample: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The last record of a recording that starts at `sample` or before; −1 when none does. Of any shape."""
         first, last = self._first[recording], self._first[recording + 1]
-        i = int(np.searchsorted(self.start[first:last], sample, side="right")) - 1
-        return -1 if i < 0 else int(first) + i
+        i = np.searchsorted(self.start[first:last], sample, side="right") - 1
+        return np.where(i < 0, -1, first + i)
 
     def read(self, recording: int, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Samples start … stop of a recording, [C, stop − start] float32, stitched from its records.
@@ -233,7 +233,7 @@ class Dataset(Records):
         signal: npt.NDArray[np.float32] | None = None
         at = start
         while at < stop or signal is None:
-            i = self.record_at(recording, at)
+            i = int(self.record_at(recording, at))
             if i < 0 or at >= self.start[i] + self.length[i]:
                 raise ZooError(
                     f"{self.path}: samples {start} to {stop} of {self.recordings[recording].id} are not all "
