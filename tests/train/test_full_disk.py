@@ -49,6 +49,6 @@ def test_a_checkpoint(folder, cache, straight, small_disk):
 
 
 def test_figures(folder, cache, small_disk):
-    disk = small_disk(12)
+    disk = small_disk(20)
     _, err = finish(start(folder, cache, "--runs", str(disk)), 2)
     assert err == f"zoo: {disk}/small/metrics.jsonl: cannot be written: the disk is full\n"
