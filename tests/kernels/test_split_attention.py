@@ -85,9 +85,10 @@ def gathers(text):
     [
         (Causal(), True),
         pytest.param(Causal(), False, marks=pytest.mark.slow),
-        (Full(), False),
+        pytest.param(Full(), False, marks=pytest.mark.slow),
         pytest.param(Full(), True, marks=pytest.mark.slow),
-        (Causal() & Window(20), True),  # longer than a device's eight tokens
+        # Longer than a device's eight tokens.
+        pytest.param(Causal() & Window(20), True, marks=pytest.mark.slow),
         pytest.param(Window(21, symmetric=True), True, marks=pytest.mark.slow),
         pytest.param(Window(21, symmetric=True), False, marks=pytest.mark.slow),
         pytest.param(Compressed(7, 1), True, marks=pytest.mark.slow),

@@ -88,7 +88,8 @@ def weighted(weights, blocks):
     return jnp.einsum("bnlgf,l->bngf", blocks, weights)
 
 
-@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False])
 def test_native_sparse_attention(packed):
     options = NATIVE | {"compress": partial(weighted, jnp.linspace(0.2, 1.0, 12))}
     whole, split = (partial(op, **options) for op in (native_sparse_attention, split_native_sparse_attention))
@@ -106,7 +107,6 @@ def test_moba(packed):
     compare(partial(moba, **MOBA), partial(split_moba, **MOBA), moba_arrays(), (segments(),) if packed else ())
 
 
-@pytest.mark.slow
 def test_each_device_has_whole_blocks():
     op = partial(split_moba, block_size=32)
     with pytest.raises(ValueError, match="moba: got 16 tokens on each device of 'sequence', wanted a multiple of 32"):

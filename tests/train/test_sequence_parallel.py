@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.collectives import moved
 from benchmarks.sequence_parallel import NextToken, program
 from zoo.encoders.sequence import SequenceModel
 from zoo.train.config import Optimizer
 
 QUICK = {"xla_backend_optimization_level": 0}
-BATCH, FEATURES, TOKENS, STEPS = 2, 3, 128, 3
+BATCH, FEATURES, TOKENS, DIM, STEPS = 2, 3, 128, 16, 3
 # Where a gradient is nothing but rounding, Adam would divide it by itself: eps keeps what is small small.
 OPTIMIZER = Optimizer(learning_rate=0.01, warmup_steps=1, eps=1e-3)
 
@@ -42,11 +43,11 @@ def batches() -> list[dict[str, np.ndarray]]:
     return [{"signal": signal, "mask": mask} for signal in signals]
 
 
-def trained(name: str, devices: int, packed: bool) -> tuple[list[dict[str, float]], Any, Any]:
-    """Figures of each step, gradients of the first, and the parameters after the last."""
+def trained(name: str, devices: int, packed: bool) -> tuple[str, list[dict[str, float]], Any, Any]:
+    """The compiled step, figures of each, gradients of the first, and the parameters after the last."""
     mixer, options = ENCODERS[name]
     model = SequenceModel(
-        dim=16, mixers=(mixer,), features=FEATURES, convolution=4, mixer_options={mixer: options}, remat="full"
+        dim=DIM, mixers=(mixer,), features=FEATURES, convolution=4, mixer_options={mixer: options}, remat="full"
     )
     given = batches() if packed else [{"signal": batch["signal"]} for batch in batches()]
     made, place = program(NextToken(model, segments=packed), devices, given[0], OPTIMIZER)
@@ -59,16 +60,19 @@ def trained(name: str, devices: int, packed: bool) -> tuple[list[dict[str, float
         for batch in given:
             state, metrics = step(state, place(batch))
             figures.append({key: float(value) for key, value in metrics.items()})
-    return figures, gradients, jax.device_get(state.params)
+    return step.as_text(), figures, gradients, jax.device_get(state.params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_eight_devices_train_as_one(name, packed):
-    (wanted, *trees), (got, *others) = (trained(name, devices, packed) for devices in (1, 8))
+    (_, wanted, *trees), (text, got, *others) = (trained(name, devices, packed) for devices in (1, 8))
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     for ours, theirs in zip(jax.tree.leaves(others), jax.tree.leaves(trees), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    # Nothing as large as the tokens of a layer is brought together.
+    gathered = [size for kind in ("all-gather", "all-to-all") for size in moved(text).get(kind, [])]
+    assert max(gathered, default=0) < BATCH * TOKENS * DIM / 2
     assert wanted[0]["loss"] != pytest.approx(wanted[-1]["loss"], rel=1e-3)
