@@ -87,6 +87,16 @@ def test_windows_of_events_are_not_joined(recordings, tmp_path):
 # What is written and read
 
 
+@pytest.mark.parametrize("kind", ["levels", "patches"])
+def test_codes_at_an_address_are_those_in_the_folder(kind, request):
+    folder = request.getfixturevalue(kind)
+    codes, far = CodeDataset.open(folder), CodeDataset.open(f"file://{folder}")
+    for i in range(0, len(codes), 5):
+        for here, there in zip(jax.tree.leaves(codes.read(i)), jax.tree.leaves(far.read(i)), strict=True):
+            np.testing.assert_array_equal(here, there)
+    assert far.variables().keys() == codes.variables().keys()
+
+
 def test_codes_are_those_of_the_tokenizer_and_where_the_index_says(levels, source):
     codes = CodeDataset.open(levels)
     assert stored_dtype(codes.code_sizes) == np.uint16

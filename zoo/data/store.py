@@ -75,7 +75,8 @@ class Records:
         self.recordings = tuple(StoredRecording.from_json(each) for each in plain["recordings"])
         self.montages = tuple(Montage.from_json(each) for each in plain["montages"])
         self.people = tuple(sorted({recording.subject for recording in self.recordings}))
-        self.person = np.array([self.people.index(recording.subject) for recording in self.recordings], np.int64)
+        number = {person: i for i, person in enumerate(self.people)}
+        self.person = np.array([number[recording.subject] for recording in self.recordings], np.int64)
         self.n_channels = max(len(montage.names) for montage in self.montages)
         self.recording, self.start, self.length, self.label = (
             index[field].astype(np.int64) for field in ("recording", "start", "length", "label")
