@@ -327,10 +327,10 @@ class Chaos:
                 found[step] = sorted(found.get(step, []) + rows)
         return found
 
-    def replay(self) -> Path:
-        """A run without faults whose numbers of processes change at the steps where this one's did."""
+    def replay(self, starts: list[Start]) -> Path:
+        """A run without faults whose numbers of processes change at the steps where they did over these starts."""
         merged: list[list[int]] = []
-        for start, after, to in self.segments(self.starts):
+        for start, after, to in self.segments(starts):
             if merged and merged[-1][0] == start.hosts:
                 merged[-1][2] = to
             else:
@@ -363,7 +363,7 @@ class Chaos:
         assert not different, f"steps {different} were given other examples"
         lines = [json.loads(line)["step"] for line in (self.disk / "run/metrics.jsonl").read_text().splitlines()]
         assert lines == list(range(1, self.steps + 1))
-        ours, same, one = (parameters(run) for run in (self.disk / "run", self.replay(), alone))
+        ours, same, one = (parameters(run) for run in (self.disk / "run", self.replay(chaos), alone))
         furthest = 0.0
         for name, value in ours.items():
             np.testing.assert_array_equal(value, same[name], err_msg=f"{name}: not bit for bit that of the replay")

@@ -25,7 +25,7 @@ from zoo.train.launcher import COUNTED_BY, LEGACY_OPEN_MPI, Place, find_place
 from zoo.train.link import Link
 from zoo.train.logs import RankLog
 from zoo.train.rollcall import call_roll
-from zoo.train.stop import LOST, Lost
+from zoo.train.stop import LOST, Lost, Stopped
 from zoo.train.watchdog import LIMITS, Watchdog
 
 HERE = socket.gethostname()
@@ -312,6 +312,20 @@ def test_health_of_each_host(tmp_path):
     assert 1e7 < found["resident_bytes"] < 1e12
     assert found["disk_free_bytes"] > 0
     assert slowest({0: {"host_seconds": 1.0}, 1: {"host_seconds": 6.0}, 2: {"host_seconds": 2.0}}) == (1, 3.0)
+
+
+@pytest.mark.parametrize("error", [ZooError("a reason"), Stopped("a reason"), KeyError("a reason")])
+def test_the_log_ends_with_why_the_run_does(error, tmp_path):
+    config = Config(task=Toy(), runs=tmp_path, name="run")
+
+    def fails():
+        with Cluster(config) as cluster:
+            cluster.log.open()
+            raise error
+
+    with pytest.raises(type(error)):
+        fails()
+    assert (tmp_path / "run/logs/rank-0.log").read_text().rstrip().endswith(str(error))
 
 
 def test_a_cluster_of_one_writes_nothing_and_waits_for_nobody(tmp_path):

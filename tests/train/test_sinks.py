@@ -44,8 +44,9 @@ def test_json_lines_after_the_step_resumed_from_are_dropped_and_so_is_a_line_cut
 
 def test_the_screen_is_plain_lines_without_a_terminal(capsys):
     screen = Screen(0, 10, 4)
+    more = {6: {"validation_loss": 0.75, "mfu": 0.4}, 8: {"slowest_host": 3.0, "slowest_host_ratio": 4.0}}
     for step in range(1, 11):
-        screen.write(step, FIGURES if step != 6 else {**FIGURES, "validation_loss": 0.75, "mfu": 0.4})
+        screen.write(step, {**FIGURES, **more.get(step, {})})
     screen.close()
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == ["4/10", "6/10", "8/10", "10/10"]
@@ -54,6 +55,7 @@ def test_the_screen_is_plain_lines_without_a_terminal(capsys):
     ).replace("0:09:00", "9:00")
     assert "validation 0.7500" in said[1]
     assert "MFU 40.0%" in said[1]
+    assert "process 3 takes 4.0× the others" in said[2]
 
 
 def test_the_screen_is_a_bar_with_the_time_left_on_a_terminal(monkeypatch, capsys):

@@ -112,6 +112,10 @@ class Cluster:
                 self._link.done()
         elif self._link is not None:
             self._fail(error)
+        if error is not None:  # the command line will say it, after this
+            known = isinstance(error, (ZooError, Stopped))
+            for line in str(error).splitlines() if known else "".join(traceback.format_exception(error)).splitlines():
+                self.log.line(line)
         self.watchdog.close()
         self.log.__exit__()
 
@@ -168,7 +172,7 @@ class Cluster:
         else:
             # The end of another process makes collectives here fail: its name comes over the link.
             threading.Event().wait(GRACE_SECONDS)
-            traceback.print_exception(error)
+            print("".join(traceback.format_exception(error)), file=sys.stderr)
             said = next(iter(str(error).strip().splitlines()), "")[:200]
             self.end(f"{who}: {type(error).__name__}: {said}", 1)
         threading.Event().wait()  # the thread that is ending the process will

@@ -18,7 +18,7 @@ STALL_SECONDS = 1.0
 class RankLog:
     """Takes stdout and stderr while it is entered. Lines are kept until `open` says that the run is worth a folder.
 
-    Once open, SIGUSR1 writes the stacks of all threads to the file, without ending anything.
+    SIGUSR1 writes the stacks of all threads there (to stderr before), without ending anything.
     """
 
     def __init__(self, folder: Path, process: int) -> None:
@@ -31,12 +31,14 @@ class RankLog:
     def __enter__(self) -> RankLog:
         self._before = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _Copy(self, sys.stdout, self._quiet), _Copy(self, sys.stderr, False)
+        if sys.__stderr__ is not None:
+            faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.stdout, sys.stderr = self._before
+        faulthandler.unregister(signal.SIGUSR1)
         if self._out is not None:
-            faulthandler.unregister(signal.SIGUSR1)
             with contextlib.suppress(OSError):
                 self._out.close()
 
