@@ -23,8 +23,9 @@ attentions in XLA it gathers what it could leave where it is. Inside `jax.shard_
     jax.shard_map(native_sparse_attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
 
 Time can be split too. Inside `jax.shard_map`, with `axis` the mesh axis of time: `kernels.split_attention` (a ring, or
-the neighbours where a window is short), `kernels.split_blocks` (native sparse attention, MoBA), `kernels.split_latents`,
-`kernels.sequence.split_selective_scan`, and `kernels.turns` for what only goes one stretch after another.
+the neighbours where a window is short), `kernels.split_blocks` (native sparse attention, MoBA),
+`kernels.split_latents`, `kernels.sequence.split_selective_scan`, and `kernels.turns` for what only goes one stretch
+after another.
 """
 
 DISTRIBUTION = "brain-zoo"

@@ -67,25 +67,33 @@ def pulled(mixer: nn.Module, given: Mapping[str, jax.Array]) -> Any:
     return run
 
 
-def on_eight(run: Any, variables: Any, x: jax.Array) -> Any:
-    mesh = jax.make_mesh((1, 1, 1, 1, 8), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def on_eight(run: Any, variables: Any, x: jax.Array, sizes: tuple[int, ...]) -> Any:
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(Rules())):
-        tokens = jax.device_put(x, NamedSharding(mesh, P(None, "sequence")))
+        tokens = jax.device_put(x, NamedSharding(mesh, P("fsdp", "sequence")))
         compiled = jax.jit(run).lower(jax.device_put(variables, NamedSharding(mesh, P())), tokens).compile(QUICK)
         return compiled(variables, tokens)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("given", ["segments", "mask", "both"])
-def test_packed_rows_and_gaps(name, given):
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        (("segment_ids",), (1, 1, 1, 1, 8)),
+        (("mask",), (1, 1, 1, 1, 8)),
+        (("segment_ids", "mask"), (1, 1, 1, 1, 8)),
+        (("segment_ids", "mask"), (1, 1, 2, 2, 2)),
+    ],
+    ids=["segments", "mask", "both", "with examples and heads"],
+)
+def test_packed_rows_and_gaps(name, given, sizes):
     mixer = create_mixer(CASES[name][0], DIM, **CASES[name][1])
     x, (ids, mask) = normal(1, BATCH, LENGTH, DIM), packed()
-    arrays = {"segment_ids": ids, "mask": mask}
-    arrays = {key: arrays[key] for key in {"segments": ["segment_ids"], "mask": ["mask"]}.get(given, arrays)}
+    arrays = {key: {"segment_ids": ids, "mask": mask}[key] for key in given}
     variables = nn.unbox(jax.jit(mixer.init, compiler_options=QUICK)(jax.random.key(0), x))
     run = pulled(mixer, arrays)
     wanted = jax.jit(run, compiler_options=QUICK)(variables, x)
-    got = on_eight(run, variables, x)
+    got = on_eight(run, variables, x, sizes)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1e-3, float(jnp.abs(theirs).max())))
