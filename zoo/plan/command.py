@@ -54,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
 
     if not options.target.startswith("cpu:"):
         prepare()
+    from zoo.plan.buffers import Buffers
+    from zoo.plan.hlo import Hlo
     from zoo.plan.plan import DoesNotFit, plan, table, to_json
     from zoo.train.config import load_config
 
@@ -75,6 +77,9 @@ def run(arguments: Sequence[str]) -> int:
         from jax.experimental.serialize_executable import serialize
 
         options.save.write_bytes(pickle.dumps(serialize(compiled)))
+    if not found.fits:
+        for buffer in Buffers(Hlo(compiled.as_text())).largest():
+            print(f"  {buffer}")
     return 0 if found.fits else DOES_NOT_FIT
 
 

@@ -52,7 +52,7 @@ class Hlo:
         Of an operand that is only sliced what the slices hold counts, and where an array is updated in place what is
         put into it: a loop that keeps something of every turn writes it once.
         """
-        sizes = {name: {_name(line): _bytes(_shape(line)) for line in lines} for name, lines in self._run_alone()}
+        sizes = {name: {name_of(line): _bytes(_shape(line)) for line in lines} for name, lines in self._run_alone()}
         total = 0.0
         for run in self.runs(fused=False):
             operation = _operation(run.line)
@@ -70,11 +70,16 @@ class Hlo:
             total += run.times * (result + sum(operands))
         return total
 
+    def made(self, line: str) -> int:
+        """Bytes of main memory that an instruction's result takes; 0 for one that makes none of its own."""
+        operation = _operation(line)
+        return 0 if operation is None or operation in _NO_TRAFFIC else _bytes(_shape(line))
+
     def _fused(self, name: str, operands: list[int], result: int) -> tuple[list[int], int]:
         """Bytes that a fusion reads of each of its operands, and writes."""
         lines = list(self.computations.get(name, ()))
-        shapes = {_name(line): _bytes(_shape(line)) for line in lines}
-        same = {_name(line): _operands(line)[0] for line in lines if _operation(line) in _SAME}
+        shapes = {name_of(line): _bytes(_shape(line)) for line in lines}
+        same = {name_of(line): _operands(line)[0] for line in lines if _operation(line) in _SAME}
 
         def source(value: str) -> str:
             while value in same:
@@ -82,7 +87,7 @@ class Hlo:
             return value
 
         read = list(operands)
-        places = {_name(line): int(match[1]) for line in lines if (match := re.search(r" parameter\((\d+)\)", line))}
+        places = {name_of(line): int(match[1]) for line in lines if (match := re.search(r" parameter\((\d+)\)", line))}
         uses: dict[str, list[tuple[str, int]]] = {each: [] for each in places}
         for line in lines:
             if _operation(line) in _SAME:
@@ -95,7 +100,7 @@ class Hlo:
             sliced = [_operation(line) for line, order in found if order == 0]
             if found and len(sliced) == len(found) and set(sliced) <= {"dynamic-slice", "dynamic-update-slice"}:
                 whole = operands[places[each]]
-                slices = [_name(line) for line, _ in found if _operation(line) == "dynamic-slice"]
+                slices = [name_of(line) for line, _ in found if _operation(line) == "dynamic-slice"]
                 updates = [_operands(line)[1] for line, _ in found if _operation(line) == "dynamic-update-slice"]
                 read[places[each]] = min(whole, sum(shapes[name] for name in slices))
                 if updates:
@@ -142,7 +147,8 @@ def _operands(line: str) -> list[str]:
     return re.findall(r"%([\w.\-]+)", line.split(f" {operation}(", 1)[1].split("), ")[0]) if operation else []
 
 
-def _name(line: str) -> str:
+def name_of(line: str) -> str:
+    """What an instruction's result is called."""
     return re.match(r"\s*(?:ROOT )?%?([\w.\-]+) =", line)[1]  # type: ignore[index]
 
 

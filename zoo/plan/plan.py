@@ -256,9 +256,9 @@ def _compile(program: Program, target: Target) -> Any:
         try:
             return lowered.compile(compiler_options=dict(target.compiler_options))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
             text = str(error)
+            if "RESOURCE_EXHAUSTED" not in text:
+                raise ZooError(f"{target.name}: the compiler does not take the step: {text.splitlines()[0]}") from error
             used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", text)
             told = f": used {used[1]} of {used[2]}" if used else ""
             raise DoesNotFit(f"{target.name}: the step does not fit{told}", _buffers(text)) from None

@@ -29,7 +29,7 @@ class Target:
     chip: Chip | None
     slices: int
     devices: tuple[Any, ...]
-    compiler_options: Mapping[str, str] = field(default_factory=dict)
+    compiler_options: Mapping[str, str | bool] = field(default_factory=dict)
 
     def mesh(self, sizes: Mesh) -> jax.sharding.Mesh:
         """The mesh of a run on it; the axis `slice` crosses from one slice to the next. ZooError where it cannot be."""
@@ -107,8 +107,9 @@ def _nvidia(name: str, found: Chip, shape: str, slices: int) -> Target:
         )
     except Exception as error:  # the plugin has its own exceptions
         raise ZooError(f"--target {name}: this CUDA plugin does not compile for it: {error}") from None
-    # Tuning runs kernels on the chip, which is not there.
-    return Target(name, found, slices, tuple(made.devices), {"xla_gpu_autotune_level": "0"})
+    # Tuning runs kernels on the chip, which is not there; untuned Triton matmuls fail where no tile divides.
+    options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
+    return Target(name, found, slices, tuple(made.devices), options)
 
 
 _GPU: Mapping[str, tuple[int, int, float, int, int, int, int]] = {
