@@ -1,0 +1,48 @@
+"""Pretrains an encoder of 1 B parameters on half an hour of EEG at a time, by hiding half of its codes.
+
+    zoo train configs/pod_masked_codes.py --task.tokenizer runs/tokenizer --devices.coordinator auto
+    zoo plan configs/pod_masked_codes.py --target v5p:8x8x8
+    zoo plan configs/pod_masked_codes.py --target h200:64
+
+Wants hours of EEG of many people, prepared into `prepared/long_eeg` in LaBraM's way, 32 channels at 200 Hz, and a run
+that trained LaBraM's tokenizer; a plan needs neither, only the tokenizer's name. Stretches of 5 s are tokenised each by
+itself, a token a channel and second: 57,600 tokens an example. Three layers of retention, both ways, stand between
+layers of attention; the mesh's `sequence` divides an example over 8 chips, where states of the first travel and keys of
+the second go round. With the same 64 examples a step, fewer chips take several micro-batches.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from zoo.data.recipes import RECIPES
+from zoo.objectives.masked_codes import MaskedCodes
+from zoo.train.config import Config, Data, Mesh, Optimizer, Train
+
+
+def config() -> Config:
+    """The pretraining."""
+    return Config(
+        name="pod_masked_codes",
+        task=MaskedCodes(
+            tokenizer="labram_vqnsp_base",
+            model="codes_1b",
+            stretch=1000,
+            symmetric=False,
+            dtype="bfloat16",
+            remat="full",
+        ),
+        data=Data(
+            prepared=Path("prepared/long_eeg"),
+            recipe=replace(RECIPES["labram"], sensor_names="nearest", scale="robust", clip=10.0),
+            split="by_subject",
+            window_seconds=1800.0,
+            batch_size=64,
+            channels=32,
+            cache_gigabytes=64.0,
+            threads=8,
+            prefetch=2,
+        ),
+        optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2_000),
+        train=Train(steps=100_000, micro_batch=1, validate_every=1_000, validate_batches=2, checkpoint_every=500),
+        mesh=Mesh(fsdp=8, sequence=8),
+    )
