@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from chaos import free_port
+from tiny import free_port
 from toy import Toy
 
 from zoo.errors import ZooError

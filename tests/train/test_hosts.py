@@ -9,8 +9,9 @@ import socket
 import time
 
 import pytest
-from chaos import CONFIG, Chaos, free_port, parameters
+from chaos import Chaos, parameters
 from small import finish, start
+from tiny import CONFIG, free_port
 
 HERE = socket.gethostname()
 

@@ -156,8 +156,10 @@ class BatchPlacer:
 def divided(config: Config, mesh: jax.sharding.Mesh) -> Config:
     """The configuration with `train.accumulate` as `train.micro_batch` and the devices of `mesh` ask for.
 
-    The global batch stays what it is. Raises ZooError, with the numbers of hosts (of devices, for one process) that
-    would do, when it does not divide over these.
+    The global batch stays what it is, and every step takes the same examples. On the same devices a run comes out bit
+    for bit. On others sums are rounded in another order, and a task that draws in its loss (dropout) or moves
+    statistics once a micro-batch (codebooks) draws and moves otherwise. Raises ZooError, with the numbers of hosts (of
+    devices, for one process) that would do, when the batch does not divide over these.
     """
     most, batch = config.train.micro_batch, config.data.batch_size
     if not most:
