@@ -87,7 +87,7 @@ def test_windows_of_events_are_not_joined(recordings, tmp_path):
 # What is written and read
 
 
-@pytest.mark.parametrize("kind", ["levels", "patches"])
+@pytest.mark.parametrize("kind", ["levels", pytest.param("patches", marks=pytest.mark.slow)])
 def test_codes_at_an_address_are_those_in_the_folder(kind, request):
     folder = request.getfixturevalue(kind)
     codes, far = CodeDataset.open(folder), CodeDataset.open(f"file://{folder}")
