@@ -240,10 +240,10 @@ def test_one_that_fails_tells_the_others_why(three):
 def test_who_is_through_may_go(three):
     for link in three.links:
         link.done()
-    time.sleep(0.2)
+    time.sleep(0.1)
     three.leave(2)
     three.leave(0)
-    assert not any(each.wait(0.2) for each in three.over)
+    assert not any(each.wait(0.1) for each in three.over)
 
 
 def test_the_silent_are_given_up(address, monkeypatch):
