@@ -139,7 +139,8 @@ class Cluster:
     @property
     def health(self) -> Mapping[int, Mapping[str, Any]]:
         """What each process last said of itself, on process 0; its own elsewhere."""
-        return self._health if self._link is None else self._link.health
+        # A copy: the link's thread goes on writing.
+        return dict(self._health if self._link is None else self._link.health)
 
     def end(self, reason: str, code: int) -> None:
         """Ends this process and, with the same reason and code, the others. Returns only when they are ending already.
