@@ -18,7 +18,7 @@ def compute_dtype(*arrays: jax.Array) -> tuple[jnp.dtype, jax.lax.Precision]:
 
 def block_length(state: jax.Array, chunk_size: int) -> int:
     """Tokens that are worked on at once, a multiple of `chunk_size`, for a state [B, H, ...]."""
-    rows = max(dispatch.block_rows() // (state.shape[0] * state.shape[1]), 1)
+    rows = dispatch.fitting(dispatch.block_rows(), state.shape[0] * state.shape[1])
     return max(rows // chunk_size, 1) * chunk_size
 
 

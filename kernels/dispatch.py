@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
+_portable: contextvars.ContextVar[bool] = contextvars.ContextVar("portable", default=False)
 
 
 @contextlib.contextmanager
@@ -29,6 +30,16 @@ def interpreted(parameters: pltpu.InterpretParams | None = None) -> Iterator[Non
             yield
     finally:
         _interpreted.reset(token)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Operations traced inside are in plain XLA, for one program that runs on several platforms (`jax.export`)."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def check_implementation(op: str, implementation: str | None, refusal: str | None) -> None:
@@ -58,7 +69,7 @@ def run(
     """
     if implementation == "pallas" or (implementation is None and refusal is None and _interpreted.get()):
         return pallas(*arrays)
-    if implementation == "xla" or refusal is not None or not known_sizes(*arrays):
+    if implementation == "xla" or refusal is not None or _portable.get() or not known_sizes(*arrays):
         return xla(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=pallas, default=xla)
 
@@ -70,7 +81,14 @@ def known_sizes(*arrays: Any) -> bool:
 
 def on_cuda(cuda: Callable[..., Any], default: Callable[..., Any], *arrays: Any) -> Any:
     """Calls `cuda` where the program is compiled for an NVIDIA GPU, else `default`, with the same results."""
-    return default(*arrays) if _interpreted.get() else jax.lax.platform_dependent(*arrays, cuda=cuda, default=default)
+    if _interpreted.get() or _portable.get():
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=cuda, default=default)
+
+
+def fitting(most: int, size: int) -> int:
+    """How often `size` goes into `most`, at least once; once where it is a symbol."""
+    return max(most // max(size, 1), 1) if isinstance(size, int) else 1
 
 
 def block_rows() -> int:

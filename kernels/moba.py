@@ -102,7 +102,7 @@ def chosen_blocks(
     """[B, T, H, top_k] for queries from time `start` on, in segments that began at `begun` [B, T]."""
     batch, time, heads, _ = q.shape
     blocks = means.shape[1]
-    size = min(max(SCORES * dispatch.block_rows() // max(batch * heads * blocks, 1), 16), max(time, 1))
+    size = min(max(dispatch.fitting(SCORES * dispatch.block_rows(), batch * heads * blocks), 16), max(time, 1))
     pieces = -(-time // size)
     q, begun = (jnp.pad(x, [(0, 0), (0, pieces * size - time)] + [(0, 0)] * (x.ndim - 2)) for x in (q, begun))
 

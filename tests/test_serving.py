@@ -24,6 +24,7 @@ from zoo.cli import main
 from zoo.encoders.encoder import LinearHead
 from zoo.errors import ZooError
 from zoo.export_command import Options, drawn_inputs
+from zoo.layers.mixer import create_mixer
 from zoo.program import CARD, PROGRAM, WEIGHTS, card_sha256, named
 from zoo.sensors import KINDS, NAMES
 from zoo.weights.folder import restored
@@ -375,6 +376,16 @@ def test_an_encoder_for_windows_of_any_length(tmp_path):
     for samples, says in ((60, r"signal \[3, 3, 60\] for \[b, 3, 40\*a\]"), (680, "a <= 16$")):
         with pytest.raises(ZooError, match=says):
             program(np.zeros((3, 3, samples), np.float32), inputs["sensors"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["native_sparse", "moba", "gla", "deltanet", "mamba", "s4d"])
+@pytest.mark.parametrize("batch", ["2", "b"])
+def test_what_has_kernels_can_be_exported(name, batch, tmp_path):
+    mixer, x = create_mixer(name, 64), np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
+    variables = init(mixer, jnp.asarray(x))
+    program = zoo.load_program(zoo.export_program(mixer, variables, tmp_path / name, {"x": x}, batch=batch))
+    close(program(x), run(mixer, variables, jnp.asarray(x)))
 
 
 @pytest.mark.slow

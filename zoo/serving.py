@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from kernels import dispatch
 from zoo.data.store import file_sha256, write_file, write_json
 from zoo.errors import ZooError
 from zoo.program import CARD, FORMAT, PROGRAM, WEIGHTS, card_sha256, first_line, named, platform
@@ -97,7 +99,9 @@ def export_program(
         before: tuple[Any, ...] = (leaves,) if beside else ()
         program: Any = jax.jit(compute) if beside else jax.jit(partial(compute, leaves))
         try:
-            exported = export.export(program, platforms=tuple(platforms))(*jax.tree.map(_abstract, before), opened)
+            # Kernels are one platform's.
+            with dispatch.portable() if len(platforms) > 1 else nullcontext():
+                exported = export.export(program, platforms=tuple(platforms))(*jax.tree.map(_abstract, before), opened)
         except Exception as error:  # whatever a model makes of a size that is a symbol
             sizes = ", ".join(f"{each} [{_told(leaf.shape)}]" for each, leaf in opened.items())
             raise ZooError(f"{name}: cannot be exported with {sizes}: {first_line(error)}") from error

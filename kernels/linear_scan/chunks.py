@@ -13,8 +13,10 @@ from kernels import dispatch
 
 def chunk_count(time: int, state_shape: tuple[int, ...]) -> int:
     """As many as fill the machine but not more than tokens in a chunk; of about so many those that need no filling."""
-    elements = max(prod(state_shape), 1)
-    most = max(min(-(-dispatch.state_elements() // elements), int(time**0.5)), 1)
+    elements = prod(state_shape)
+    if not isinstance(elements, int):  # a symbol
+        return 1
+    most = max(min(-(-dispatch.state_elements() // max(elements, 1)), int(time**0.5)), 1)
     return max((n for n in range(most // 2 + 1, most + 1) if time % n == 0), default=most)
 
 

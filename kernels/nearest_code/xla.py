@@ -16,7 +16,7 @@ MIN_BLOCK, MAX_BLOCK = 64, 1024  # codes
 
 def _block(rows: int, codes: int) -> int:
     """How many codes meet all rows at once: bounds the temporary memory. The fewest where rows are a symbol."""
-    most = 64 * dispatch.block_rows() // max(rows, 1) if isinstance(rows, int) else MIN_BLOCK
+    most = dispatch.fitting(64 * dispatch.block_rows(), rows)
     return min(max(most, MIN_BLOCK), MAX_BLOCK, -(-codes // 16) * 16)
 
 

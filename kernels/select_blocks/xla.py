@@ -25,7 +25,7 @@ def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax
     dtype, precision = compute_dtype(q, k_compressed)
     blocks = form.blocks(form.start + time)
     keys = phase_major(form, k_compressed.astype(dtype), blocks)
-    most = WIDTH * dispatch.block_rows() // (batch * groups * blocks * form.ratio)
+    most = dispatch.fitting(WIDTH * dispatch.block_rows(), batch * groups * blocks * form.ratio)
     size = min(max(most // MIN_QUERIES, 1) * MIN_QUERIES, time)
     pieces = -(-time // size)
     filling = pieces * size - time
