@@ -13,7 +13,7 @@ Time is split where the rules put "tokens" on a mesh axis of more than one devic
     blocks              native_sparse, moba, asa_global: summaries of all blocks go everywhere, keys go round. Stretches
                         have to be whole blocks
     in turns            titans, whose memory is not linear: one device after another, so the time is that of one
-    gathered            all others: their tokens are brought together for the mixer, whole on every device
+    gathered            all others, at least in part: tokens are brought together for the mixer, whole on every device
 """
 
 from __future__ import annotations
