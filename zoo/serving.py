@@ -66,7 +66,8 @@ def export_program(
                  `jax.export.symbolic_shape` writes it: "b, 19, 200*a"
     constraints  of the symbols, "a <= 16"
     batch        size of a call's batch, "b" for any
-    platforms    of cpu, cuda, rocm, tpu; this process's among them, or nothing could be checked
+    platforms    of cpu, cuda, rocm, tpu; this process's among them, or nothing could be checked. A program for several,
+                 or of open sizes, is in plain XLA; only one for this platform alone, of given sizes, has its kernels
     weights      inside the program, or "beside" it
     known        what is known of the model, for the card
 
