@@ -91,7 +91,7 @@ class Remote:
         return self._tried(listed)
 
     def _files(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.core import url_to_fs
 
         return url_to_fs(self.address)
 
