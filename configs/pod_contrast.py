@@ -10,6 +10,15 @@ Wants three prepared datasets of people who met the same stimuli, whose events h
 stimulus, and in each modality one trial of it, whoever's. Encoders of 46 M (LaBraM), SimpleConv's and 85 M parameters
 embed a quarter of the batch at a time and again in the backward pass; of the three 65,536 × 65,536 tables of
 similarities each chip makes its own rows, 128 MiB at a time. All parameters are whole on every chip.
+
+Planned for 64 × H200, data 64:
+
+    memory a chip      13.9 GB of 141 GB: parameters 561 MB, optimiser 1.12 GB, batch 496 MB, temporaries 11.8 GB
+    operations a step  1.75e16 of the model, 3.36e16 done: every part is embedded again, and every layer of it
+    compute             530 ms
+    memory             7.64 s   36.7 TB a chip, as XLA fuses for GPUs
+    network            66.1 ms  gradients added (2.11 GB), vectors gathered and their gradients added (1.19 GB)
+    a step at best     7.64 s   bound by memory; MFU ≤ 3.6 %
 """
 
 from zoo.data.paired import Paired
