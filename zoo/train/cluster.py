@@ -1,7 +1,8 @@
 """All processes of a run: they meet, know one another by host, wait for one another by name, and end together.
 
 Every process of a run that fails ends the others with its own reason and exit code, within seconds; one that dies
-without a word, or is silent for `devices.lost_seconds`, ends them with exit code 4 and its name.
+without a word, or is silent for `devices.lost_seconds`, ends them with exit code 4 and its name. JAX's service and the
+transport of the CPU's collectives notice a lost process too and may abort another before (SIGABRT, 128 + 6 in a shell).
 """
 
 from __future__ import annotations
