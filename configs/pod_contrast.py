@@ -11,10 +11,19 @@ stimulus, and in each modality one trial of it, whoever's. Encoders of 46 M (LaB
 embed a quarter of the batch at a time and again in the backward pass; of the three 65,536 × 65,536 tables of
 similarities each chip makes its own rows, 128 MiB at a time. All parameters are whole on every chip.
 
-Planned for 64 × H200, data 64:
+Planned for v5p-512 (512 chips, 8 × 8 × 8), data 512:
+
+    memory a chip      4.41 GB of 102 GB: parameters 561 MB, optimiser 1.12 GB, batch 62 MB, temporaries 2.43 GB
+    operations a step  1.75e16 of the model, 3.36e16 done: every part is embedded again, and every layer of it
+    compute             143 ms
+    memory              173 ms  478 GB a chip
+    data               12.2 ms  gradients and the vectors' gradients added (3.65 GB)
+    a step at best      173 ms  bound by memory; MFU ≤ 43.0 %
+
+And for 64 × H200, data 64:
 
     memory a chip      13.9 GB of 141 GB: parameters 561 MB, optimiser 1.12 GB, batch 496 MB, temporaries 11.8 GB
-    operations a step  1.75e16 of the model, 3.36e16 done: every part is embedded again, and every layer of it
+    operations a step  1.75e16 of the model, 3.36e16 done
     compute             530 ms
     memory             7.64 s   36.7 TB a chip, as XLA fuses for GPUs
     network            66.1 ms  gradients added (2.11 GB), vectors gathered and their gradients added (1.19 GB)

@@ -13,12 +13,12 @@ the second go round. With the same 64 examples a step, fewer chips take several 
 Planned for v5p-512 (512 chips, 8 × 8 × 8), data 8 × fsdp 8 × sequence 8, 64 examples a step:
 
     memory a chip      7.58 GB of 102 GB: parameters 521 MB, optimiser 1.04 GB, temporaries 5.73 GB
-    operations a step  4.37e16 of the model, 1.21e17 done: recomputation, and what states cost besides matrices
-    compute             514 ms
-    memory              303 ms
+    operations a step  4.37e16 of the model, 5.54e16 done
+    compute             236 ms
+    memory              303 ms  837 GB a chip
     fsdp               28.7 ms  parameters gathered (5.11 GB), gradients and activations added (3.52 GB)
     sequence          0.633 ms  keys and states go round (189 MB)
-    a step at best      514 ms  bound by compute; MFU ≤ 36.2 %
+    a step at best      303 ms  bound by memory; MFU ≤ 61.4 %
 
 And for 64 × H200, fsdp 8 × sequence 8, 8 micro-batches of 8 examples a step:
 
