@@ -38,7 +38,7 @@ from zoo.data.prepare import prepare
 from zoo.data.store import Dataset
 from zoo.errors import ZooError
 from zoo.train.config import Config, load_config
-from zoo.train.mesh import BatchPlacer, make_mesh
+from zoo.train.mesh import BatchPlacer, divided, make_mesh
 from zoo.train.state import Program
 
 WANTED = 20.0
@@ -89,6 +89,7 @@ def time_preparation(config: Config, out: Path) -> dict[str, float]:
 def time_training(config: Config, dataset: Dataset) -> float:
     """Windows a second that the compiled training step uses, from the median of its steps on one placed batch."""
     mesh = make_mesh(config.mesh)
+    config = divided(config, mesh)
     place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
     batch = next(make_loader(config, dataset, "train", place.rows, config.data.channels).at(0))
     program = Program(config, config.task, mesh, place.abstract(batch))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from zoo.plan.plan import example, plan, table
 from zoo.plan.target import target
 from zoo.train.config import Config, load_config
-from zoo.train.mesh import BatchPlacer
+from zoo.train.mesh import BatchPlacer, divided
 from zoo.train.state import Program
 
 WANTED = 0.10
@@ -55,8 +55,10 @@ def compare(config: Config, channels: int = 0) -> dict[str, int]:
     cpu = target("cpu:1")
     found, compiled = plan(config, cpu, channels)
     print(table(found))
-    place = BatchPlacer(cpu.mesh(config.mesh), config.rules, config.data.batch_size, config.train.accumulate)
-    program = Program(config, config.task, cpu.mesh(config.mesh), place.abstract(example(config, channels)))
+    mesh = cpu.mesh(config.mesh)
+    config = divided(config, mesh)
+    place = BatchPlacer(mesh, config.rules, config.data.batch_size, config.train.accumulate)
+    program = Program(config, config.task, mesh, place.abstract(example(config, channels)))
     size = config.data.batch_size
     batch = place(jax.tree.map(lambda leaf: np.repeat(leaf, size, axis=0), example(config, channels)))
     state, metrics = compiled(program.initial(), batch)
