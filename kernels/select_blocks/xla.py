@@ -13,7 +13,7 @@ from kernels import dispatch
 from kernels.chunks import compute_dtype
 from kernels.select_blocks.form import Form, best, phase_major, rank
 
-STRETCHES = 8  # of time: the queries of each meet the same keys
+STRETCHES = 8  # of all time at most: the queries of each meet the same keys
 MIN_QUERIES = 16
 WIDTH = 256  # scores at once for each row of a block of work
 
@@ -37,7 +37,8 @@ def select_blocks(form: Form, q: jax.Array, k_compressed: jax.Array, begins: jax
         return _select(form, precision, here(q).astype(dtype), keys, here(begins), form.start + first)
 
     chosen = []
-    length = -(-pieces // STRETCHES)
+    # Late queries meet nearly all keys: dividing them would only make a larger program.
+    length = -(-pieces // max(STRETCHES * time // (form.start + time), 1))
     for start in range(0, pieces, length):
         end = min(start + length, pieces)
         ended = min(form.blocks(form.start + end * size), blocks)

@@ -71,6 +71,28 @@ def test_a_loop_that_keeps_every_turn_writes_it_once() -> None:
     assert 4 * turns * size <= hlo.traffic() < 12 * turns * size
 
 
+def test_what_is_gathered_from_is_not_read_whole() -> None:
+    rows, taken, width = 4096, 8, 256
+
+    def gathered(table: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.tanh(table[index]) @ jnp.ones((width, width))
+
+    table, index = jnp.ones((rows, width)), jnp.arange(taken)
+    hlo = Hlo(jax.jit(gathered).lower(table, index).compile().as_text())
+    least = 4 * (2 * taken * width + width * width)
+    assert least <= hlo.traffic() < 4 * least < table.nbytes
+
+
+def test_a_copy_beside_other_work_counts_once() -> None:
+    text = """ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %begun = (f32[1024]{0:S(1)}, f32[1024]{0}, u32[]) copy-start(%x)
+  ROOT %done = f32[1024]{0:S(1)} copy-done(%begun)
+}
+"""
+    assert Hlo(text).traffic() == pytest.approx(4096, abs=4)
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [

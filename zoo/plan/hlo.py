@@ -11,6 +11,9 @@ from functools import cached_property
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 _SAME = ("bitcast", "copy", "convert")
 """What changes no more than the form of an operand inside a fusion."""
+_READ_IN_PART = ("dynamic-slice", "gather")
+_UPDATED = {"dynamic-update-slice": 1, "scatter": 2}
+"""What updates its first operand in place: which operand holds what is put into it."""
 _NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 
 
@@ -49,22 +52,25 @@ class Hlo:
     def traffic(self) -> float:
         """Bytes that instructions read and write in the device's main memory: each fusion its operands and results.
 
-        Of an operand that is only sliced what the slices hold counts, and where an array is updated in place what is
-        put into it: a loop that keeps something of every turn writes it once.
+        Of an operand that is only sliced or gathered from what is taken counts, and where an array is updated in place
+        what is put into it: a loop that keeps something of every turn writes it once. What runs beside other work, a
+        copy say, counts where it starts.
         """
         sizes = {name: {name_of(line): _bytes(_shape(line)) for line in lines} for name, lines in self._run_alone()}
         total = 0.0
         for run in self.runs(fused=False):
             operation = _operation(run.line)
-            if operation is None or operation in _NO_TRAFFIC:
+            if operation is None or operation in _NO_TRAFFIC or operation.endswith("-done"):
                 continue
             known = sizes.get(run.loop, {})
             operands, result = [known.get(each, 0) for each in _operands(run.line)], _bytes(_shape(run.line))
             inner = re.search(r"fusion\(.*calls=%?([\w.\-]+)", run.line)
-            if operation == "dynamic-slice":
+            if operation.endswith("-start"):  # its result holds its operand too
+                operands = []
+            elif operation in _READ_IN_PART:
                 operands[:1] = [result]
-            elif operation == "dynamic-update-slice":
-                operands[:1], result = [0], operands[1]
+            elif operation in _UPDATED:
+                operands[:1], result = [0], operands[_UPDATED[operation]]
             elif inner:
                 operands, result = self._fused(inner[1], operands, result)
             total += run.times * (result + sum(operands))
@@ -98,10 +104,10 @@ class Hlo:
         written = result
         for each, found in uses.items():
             sliced = [_operation(line) for line, order in found if order == 0]
-            if found and len(sliced) == len(found) and set(sliced) <= {"dynamic-slice", "dynamic-update-slice"}:
+            if found and len(sliced) == len(found) and set(sliced) <= {*_READ_IN_PART, *_UPDATED}:
                 whole = operands[places[each]]
-                slices = [name_of(line) for line, _ in found if _operation(line) == "dynamic-slice"]
-                updates = [_operands(line)[1] for line, _ in found if _operation(line) == "dynamic-update-slice"]
+                slices = [name_of(line) for line, _ in found if _operation(line) in _READ_IN_PART]
+                updates = [_operands(line)[_UPDATED[op]] for line, _ in found if (op := _operation(line)) in _UPDATED]
                 read[places[each]] = min(whole, sum(shapes[name] for name in slices))
                 if updates:
                     written += sum(shapes.get(name, 0) for name in updates) - whole
