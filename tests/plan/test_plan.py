@@ -54,6 +54,7 @@ def test_a_plan_counts_what_a_step_holds(one: tuple[Plan, Any]) -> None:
     assert made.program_operations == pytest.approx(made.model_operations, rel=0.02)
 
 
+@pytest.mark.slow
 def test_more_devices_hold_less_and_speak(one: tuple[Plan, Any]) -> None:
     split = dataclasses.replace(SMALL, mesh=Mesh(data=2, fsdp=4))
     eight = plan(split, target("cpu:8"))[0]
