@@ -25,9 +25,9 @@ And for 64 × H200, data 64:
     memory a chip      13.9 GB of 141 GB: parameters 561 MB, optimiser 1.12 GB, batch 496 MB, temporaries 11.8 GB
     operations a step  1.75e16 of the model, 3.36e16 done
     compute             530 ms
-    memory             7.64 s   36.7 TB a chip, as XLA fuses for GPUs
+    memory             7.63 s   36.6 TB a chip, as XLA fuses for GPUs
     network            66.1 ms  gradients added (2.11 GB), vectors gathered and their gradients added (1.19 GB)
-    a step at best     7.64 s   bound by memory; MFU ≤ 3.6 %
+    a step at best     7.63 s   bound by memory; MFU ≤ 3.6 %
 """
 
 from zoo.data.paired import Paired

@@ -15,20 +15,20 @@ Planned for v5p-512 (512 chips, 8 × 8 × 8), data 8 × fsdp 8 × sequence 8, 64
     memory a chip      7.58 GB of 102 GB: parameters 521 MB, optimiser 1.04 GB, temporaries 5.73 GB
     operations a step  4.37e16 of the model, 5.54e16 done
     compute             236 ms
-    memory              303 ms  837 GB a chip
+    memory              265 ms  733 GB a chip
     fsdp               28.7 ms  parameters gathered (5.11 GB), gradients and activations added (3.52 GB)
     sequence          0.633 ms  keys and states go round (189 MB)
-    a step at best      303 ms  bound by memory; MFU ≤ 61.4 %
+    a step at best      265 ms  bound by memory; MFU ≤ 70.1 %
 
 And for 64 × H200, fsdp 8 × sequence 8, 8 micro-batches of 8 examples a step:
 
     memory a chip      9.1 GB of 141 GB: parameters 521 MB, optimiser 1.04 GB, batch 369 MB, temporaries 7.13 GB
     operations a step  4.37e16 of the model, 5.54e16 done
     compute             875 ms
-    memory             8.73 s   41.9 TB a chip, as XLA fuses for GPUs
+    memory             8.04 s   38.6 TB a chip, as XLA fuses for GPUs
     network             892 ms  fsdp: parameters gathered (28.9 GB), gradients added (14.1 GB); both axes: 1.61 GB
     sequence           69.0 ms  keys and states go round and are added (31.0 GB), inside a node
-    a step at best     8.73 s   bound by memory; MFU ≤ 7.9 %
+    a step at best     8.04 s   bound by memory; MFU ≤ 8.6 %
 """
 
 from dataclasses import replace

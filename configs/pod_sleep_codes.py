@@ -21,6 +21,16 @@ Planned for v5p-512 (512 chips, 8 × 8 × 8), data 8 × fsdp 8 × sequence 8, 64
     fsdp                166 ms  parameters gathered (25.7 GB), gradients and activations added (24 GB)
     sequence            173 ms  keys go round (49.2 GB), summaries go everywhere (1.44 GB)
     a step at best      145 s   bound by memory; MFU ≤ 5.1 %
+
+And for 64 × H200, fsdp 8 × sequence 8, 8 micro-batches of 8 nights a step:
+
+    memory a chip      45.4 GB of 141 GB: parameters 3.64 GB, optimiser 7.27 GB, batch 1.12 GB, temporaries 33.4 GB
+    operations a step  1.72e18 of the model, 4.21e18 done
+    compute            66.5 s
+    memory              438 s   2,100 TB a chip, as XLA fuses for GPUs
+    network            5.96 s   fsdp: parameters gathered (195 GB), gradients added (97 GB); both axes: 5.38 GB
+    sequence           1.67 s   keys go round (710 GB), summaries go everywhere (11.5 GB), inside a node
+    a step at best      438 s   bound by memory; MFU ≤ 6.2 %
 """
 
 from dataclasses import replace
