@@ -17,10 +17,10 @@ Planned for v5p-512 (512 chips, 8 × 8 × 8), data 8 × fsdp 8 × sequence 8, 64
     of which           13.7 GB are activations kept for the backward pass
     operations a step  1.72e18 of the model, 4.20e18 done
     compute            17.9 s
-    memory              145 s   400 TB a chip
+    memory             61.3 s   169 TB a chip
     fsdp                166 ms  parameters gathered (25.7 GB), gradients and activations added (24 GB)
     sequence            173 ms  keys go round (49.2 GB), summaries go everywhere (1.44 GB)
-    a step at best      145 s   bound by memory; MFU ≤ 5.1 %
+    a step at best     61.3 s   bound by memory; MFU ≤ 12.0 %
 
 And for 64 × H200, fsdp 8 × sequence 8, 8 micro-batches of 8 nights a step:
 
