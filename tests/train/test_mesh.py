@@ -6,12 +6,21 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 from toy import device_mesh, toy_program
 
 from zoo.errors import ZooError
 from zoo.train.config import Config, Data, Devices, Mesh, Rules, Train
-from zoo.train.mesh import check_devices, check_replication, choose_devices, divided, mesh_shape, parameter_shardings
+from zoo.train.mesh import (
+    check_devices,
+    check_replication,
+    choose_devices,
+    divided,
+    make_mesh,
+    mesh_shape,
+    parameter_shardings,
+)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +114,23 @@ def test_an_accelerator_that_is_not_there():
         check_devices(Devices(platform="tpu"))
     with pytest.raises(ZooError, match=r"cpu_devices 3: JAX has already started with others"):
         choose_devices(Devices(cpu_devices=3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    id: int
+    coords: tuple[int, int, int]
+    process_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def test_an_axis_may_lie_along_two_of_the_machine() -> None:
+    places = [(x, y, z) for x in range(4) for y in range(4) for z in range(4)]
+    made = make_mesh(Mesh(fsdp=8), [Chip(number, place, number // 4) for number, place in enumerate(places)])
+    assert made.shape == {"slice": 1, "data": 8, "fsdp": 8, "tensor": 1, "sequence": 1}
+    assert len({chip.id for chip in made.devices.ravel()}) == 64
+    group = np.array([chip.coords for chip in made.devices[0, 0, :, 0, 0]])
+    # Eight that are one another's neighbours: a plane of 2 × 4.
+    assert sorted(np.ptp(group, axis=0).tolist()) == [0, 1, 3]

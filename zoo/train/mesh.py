@@ -61,10 +61,12 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.
     if sizes["slice"] > 1 and hasattr(devices[0], "slice_index"):
         inside = tuple(1 if axis == "slice" else size for axis, size in sizes.items())
         across = tuple(size if axis == "slice" else 1 for axis, size in sizes.items())
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    # An axis of 8 has to be let lie along two axes of a machine of 4 × 4 × 4.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
 def logical_rules(rules: Rules) -> list[tuple[str, tuple[str, ...] | None]]:
