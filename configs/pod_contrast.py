@@ -16,9 +16,9 @@ Planned for v5p-512 (512 chips, 8 × 8 × 8), data 512:
     memory a chip      4.41 GB of 102 GB: parameters 561 MB, optimiser 1.12 GB, batch 62 MB, temporaries 2.43 GB
     operations a step  1.75e16 of the model, 3.36e16 done: every part is embedded again, and every layer of it
     compute             143 ms
-    memory              173 ms  478 GB a chip
+    memory              153 ms  423 GB a chip
     data               12.2 ms  gradients and the vectors' gradients added (3.65 GB)
-    a step at best      173 ms  bound by memory; MFU ≤ 43.0 %
+    a step at best      153 ms  bound by memory; MFU ≤ 48.6 %
 
 And for 64 × H200, data 64:
 
